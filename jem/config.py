@@ -1,0 +1,202 @@
+"""What changes the numbers: every setting of a joint energy model, its data and its training.
+
+Defaults are the paper's (Grathwohl et al., ICLR 2020) and its released code's. Nothing here imports
+torch, so that mistakes and --help are instant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from jem.settings import Settings, group, setting
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(Settings):
+    """The network whose logits are the model."""
+
+    name: str = setting("wide_resnet", doc="wide_resnet, small_conv, or package.module:function of your own")
+    depth: int = setting(28, ge=10, doc="wide_resnet: layers, 6 n + 4")
+    width: int = setting(10, ge=1, doc="wide_resnet: widening factor")
+    channels: tuple[int, ...] = setting((16, 32, 64, 64), ge=1, doc="small_conv: channels of each convolution")
+    norm: str = setting(
+        "none",
+        choices=("none", "batch", "instance", "layer", "act"),
+        doc="normalisation; with batch, an image's energy depends on its batch while training",
+    )
+    activation: str = setting("leaky_relu", choices=("leaky_relu", "silu"), doc="leaky_relu has slope 0.2")
+    options: dict[str, Any] = setting({}, doc="handed to a function of your own, as model.options.KEY=VALUE")
+
+    def conflicts(self) -> Iterator[tuple[str, str]]:
+        if self.name == "wide_resnet" and (self.depth - 4) % 6:
+            near = (self.depth - 4) // 6 * 6 + 4
+            yield "depth", f"is {self.depth}, must be 6 n + 4, such as {near} or {near + 6}"
+        yield from _known(self.name, ("wide_resnet", "small_conv"))
+
+
+DATA_SOURCES = (
+    *("digits", "mnist5k", "mnist", "fashion_mnist", "kmnist"),
+    *("cifar10", "cifar100", "svhn", "celeba", "imagefolder", "parquet"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig(Settings):
+    """The images, how they are split and how a training batch is made of them."""
+
+    name: str = setting("cifar10", doc=f"{', '.join(DATA_SOURCES)}, or package.module:function of your own")
+    root: str | None = setting(
+        None, doc="folder (parquet: folder or filesystem URI) of the data; none: ~/.cache/jem/data"
+    )
+    download: bool = setting(True, doc="fetch the data set if it is not under root")
+    validation_size: int | None = setting(
+        None, ge=1, doc="images carved from train where the source has no validation split; none: 10 %, at most 5000"
+    )
+    image_size: int = setting(64, ge=4, doc="celeba, imagefolder: side in pixels to resize to")
+    channels: int = setting(3, ge=1, le=3, doc="imagefolder: 3 for colour, 1 for greyscale")
+    noise_std: float = setting(0.03, ge=0, doc="Gaussian noise on training images, on the [-1, 1] scale")
+    crop_padding: int = setting(4, ge=0, doc="reflect-pad by this and crop at random; 0 turns it off")
+    flip: bool = setting(True, doc="mirror half of the training images left to right")
+    labels_per_class: int | None = setting(
+        None, ge=1, doc="semi-supervised: cross-entropy on so many labelled images a class, p(x) on all; none: all"
+    )
+    labelled_batch_size: int | None = setting(
+        None, ge=1, doc="semi-supervised: labelled images a step, over all workers; none: batch_size"
+    )
+    options: dict[str, Any] = setting({}, doc="handed to a function of your own, as data.options.KEY=VALUE")
+
+    def conflicts(self) -> Iterator[tuple[str, str]]:
+        yield from _known(self.name, DATA_SOURCES)
+        if self.name in ("imagefolder", "parquet") and self.root is None:
+            yield "root", f"is required for data.name={self.name}: the folder that holds the images"
+        if self.channels == 2:
+            yield "channels", "is 2, must be 1 or 3"
+        if self.labelled_batch_size is not None and self.labels_per_class is None:
+            yield "labelled_batch_size", "has no effect without data.labels_per_class; set that or leave this out"
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig(Settings):
+    """How the weights move."""
+
+    name: str = setting("adam", choices=("adam", "sgd"), doc="optimiser")
+    learning_rate: float = setting(1e-4, gt=0, doc="learning rate after the warm-up")
+    betas: tuple[float, ...] = setting((0.9, 0.999), ge=0, lt=1, doc="adam: decay of the two moments")
+    momentum: float = setting(0.9, ge=0, lt=1, doc="sgd: momentum")
+    weight_decay: float = setting(0.0, ge=0, doc="L2 penalty on the weights, added to the gradient")
+    warmup_steps: int = setting(1000, ge=0, doc="steps over which the learning rate rises linearly from 0")
+    decay_steps: tuple[int, ...] = setting((), ge=1, doc="steps at which the learning rate is multiplied by decay_rate")
+    decay_rate: float = setting(0.3, gt=0, le=1, doc="factor of each decay")
+    clip_norm: float | None = setting(None, gt=0, doc="largest norm of the whole gradient; none: not clipped")
+    ema_decay: float = setting(0.0, ge=0, lt=1, doc="decay a step of the averaged weights; 0 keeps none")
+
+    def conflicts(self) -> Iterator[tuple[str, str]]:
+        if len(self.betas) != 2:
+            yield "betas", f"has {len(self.betas)} entries, must have two"
+        if list(self.decay_steps) != sorted(set(self.decay_steps)):
+            yield "decay_steps", f"is {list(self.decay_steps)}, must rise from one entry to the next"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SGLDConfig(Settings):
+    """The Langevin chains that draw samples from the model."""
+
+    steps: int = setting(20, ge=1, doc="SGLD steps a training step, K")
+    step_size: float = setting(1.0, gt=0, doc="factor of the energy's gradient in a step")
+    noise_scale: float = setting(0.01, ge=0, doc="standard deviation of the noise of a step")
+    conditional: bool = setting(False, doc="chains keep a class y and follow E(x, y), y ~ uniform; else E(x)")
+    clamp: float | None = setting(None, gt=0, doc="positions are kept within +- this after each step; none: free")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplayConfig(Settings):
+    """The persistent chains, sharded over the workers."""
+
+    capacity: int = setting(10_000, ge=1, doc="chains over all workers")
+    reinit_prob: float = setting(0.05, ge=0, le=1, doc="chance that a drawn chain restarts from the prior")
+    prior: str = setting("uniform", choices=("uniform",), doc="where chains start: uniform on [-1, 1]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig(Settings):
+    """Weights of the terms of the loss."""
+
+    p_y_given_x_weight: float = setting(1.0, ge=0, doc="weight of the cross-entropy, -log p(y|x)")
+    p_x_weight: float = setting(1.0, ge=0, doc="weight of the energy gap, whose gradient is that of -log p(x)")
+    p_x_y_weight: float = setting(0.0, ge=0, doc="weight of the joint energy gap, -log p(x, y)")
+    energy_l2: float = setting(0.0, ge=0, doc="weight of mean E(x)^2 over data plus mean E(x)^2 over samples")
+
+    def conflicts(self) -> Iterator[tuple[str, str]]:
+        if not (self.p_y_given_x_weight or self.p_x_weight or self.p_x_y_weight):
+            yield "p_x_weight", "all weights are 0: nothing would be trained; give one of the three a positive value"
+
+    @property
+    def samples_needed(self) -> bool:
+        """Whether a step runs chains: a plain classifier does not."""
+        return self.p_x_weight > 0 or self.p_x_y_weight > 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(Settings):
+    """What is measured, when, and on which weights."""
+
+    suite: str = setting("fast", choices=("none", "fast"), doc="evaluation at the end of training")
+    every: int = setting(500, ge=1, doc="steps between measurements on the validation split")
+    final: str = setting("last", choices=("last", "best"), doc="weights that are final: last, or best on validation")
+    ema: bool = setting(False, doc="evaluate and keep the averaged weights (optimizer.ema_decay > 0)")
+    noise_std: float = setting(0.0, ge=0, doc="Gaussian noise on evaluated images; the paper's code used 0.03")
+
+
+@dataclass(frozen=True, kw_only=True)
+class JEMConfig(Settings):
+    """A joint energy model: two runs with equal `JEMConfig` and workers give equal numbers."""
+
+    seed: int = setting(doc="seed of everything random", ge=0, lt=2**31)
+    batch_size: int = setting(64, ge=1, doc="images a step, over all workers; as many chains run beside them")
+    precision: str = setting(
+        "float32", choices=("float32", "bf16", "float64"), doc="of the network; chains and noise stay in float32"
+    )
+    init_from: str | None = setting(
+        None, doc="start from a checkpoint, a registered model (models:/NAME@ALIAS) or a state_dict (.safetensors, .pt)"
+    )
+    model: ModelConfig = group(ModelConfig)
+    data: DataConfig = group(DataConfig)
+    optimizer: OptimizerConfig = group(OptimizerConfig)
+    sgld: SGLDConfig = group(SGLDConfig)
+    replay: ReplayConfig = group(ReplayConfig)
+    objective: ObjectiveConfig = group(ObjectiveConfig)
+
+    def conflicts(self) -> Iterator[tuple[str, str]]:
+        if self.objective.samples_needed and self.replay.capacity < self.batch_size:
+            yield (
+                "replay.capacity",
+                f"is {self.replay.capacity}, must be at least batch_size ({self.batch_size}): "
+                "a step draws that many distinct chains",
+            )
+        if self.objective.p_x_y_weight > 0 and not self.sgld.conditional:
+            yield (
+                "sgld.conditional",
+                "is false, must be true when objective.p_x_y_weight is positive: its samples are pairs (x, y)",
+            )
+        if self.data.labels_per_class is None and self.objective.energy_l2 and not self.objective.samples_needed:
+            yield "objective.energy_l2", "has no effect without p_x_weight or p_x_y_weight; set it to 0"
+
+
+SCIENCE = (
+    *("seed", "batch_size", "precision", "init_from"),
+    *("model", "data", "optimizer", "sgld", "replay", "objective"),
+)
+"""The fields that name a run: all of `JEMConfig`."""
+
+
+def _known(name: str, names: tuple[str, ...]) -> Iterator[tuple[str, str]]:
+    import difflib
+
+    module, colon, function = name.partition(":")
+    if name in names or (colon and module and function.isidentifier()):
+        return
+    close = difflib.get_close_matches(name, names, 1)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    yield "name", f"is {name!r}, must be one of {', '.join(names)}, or package.module:function{hint}"

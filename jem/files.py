@@ -1,0 +1,127 @@
+"""Files on any pyarrow filesystem: the local disk, object stores, HDFS.
+
+A `Location` is a filesystem and a path on it. Local writes appear whole or not at all (temporary name,
+fsync, rename); object stores give that by themselves.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pyarrow import fs as pafs
+
+
+@dataclass(frozen=True)
+class Location:
+    """A path on a filesystem; `root / "a" / "b"` goes down."""
+
+    fs: pafs.FileSystem
+    path: str
+    scheme: str = ""
+
+    @classmethod
+    def of(cls, uri: str | Path) -> Location:
+        """`uri`: a local path (relative to the working directory) or any URI that pyarrow knows.
+
+        Raises ValueError for a scheme that pyarrow does not know.
+        """
+        text = str(uri)
+        if "://" not in text:
+            return cls(pafs.LocalFileSystem(), os.path.abspath(os.path.expanduser(text)))
+        try:
+            filesystem, path = pafs.FileSystem.from_uri(text)
+        except Exception as error:  # pyarrow raises several types here, all about the URI
+            raise ValueError(f"{text}: not a location that pyarrow can open: {error}") from error
+        local = isinstance(filesystem, pafs.LocalFileSystem)
+        return cls(filesystem, path, "" if local else text.partition("://")[0])
+
+    def __truediv__(self, name: str | int) -> Location:
+        return Location(self.fs, f"{self.path.rstrip('/')}/{name}", self.scheme)
+
+    @property
+    def uri(self) -> str:
+        """An absolute path, or a URI where the path is not local."""
+        return f"{self.scheme}://{self.path}" if self.scheme else self.path
+
+    @property
+    def name(self) -> str:
+        return self.path.rstrip("/").rsplit("/", 1)[-1]
+
+    @property
+    def parent(self) -> Location:
+        return Location(self.fs, self.path.rstrip("/").rsplit("/", 1)[0] or "/", self.scheme)
+
+    @property
+    def is_local(self) -> bool:
+        return not self.scheme
+
+    @property
+    def local(self) -> Path:
+        if not self.is_local:
+            raise ValueError(f"{self.uri} is not on the local disk")
+        return Path(self.path)
+
+    def exists(self) -> bool:
+        return self._info().type != pafs.FileType.NotFound
+
+    def is_dir(self) -> bool:
+        return self._info().type == pafs.FileType.Directory
+
+    def size(self) -> int:
+        return int(self._info().size)
+
+    def read(self) -> bytes:
+        with self.fs.open_input_stream(self.path) as stream:
+            return bytes(stream.read())
+
+    def write(self, data: bytes) -> None:
+        """Write the whole file; a reader never sees half of it, and a crash leaves the old one."""
+        if not self.is_local:
+            with self.fs.open_output_stream(self.path) as stream:
+                stream.write(data)
+            return
+        target = self.local
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
+        try:
+            with open(temporary, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, target)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+    def mkdir(self) -> None:
+        self.fs.create_dir(self.path, recursive=True)
+
+    def children(self) -> list[Location]:
+        """What lies directly below, sorted by name; nothing if this is not a directory."""
+        infos = self.fs.get_file_info(pafs.FileSelector(self.path, allow_not_found=True))
+        return sorted((Location(self.fs, info.path, self.scheme) for info in infos), key=lambda child: child.path)
+
+    def remove(self) -> None:
+        """Delete the file or the whole directory; nothing happens if there is none."""
+        info = self._info()
+        if info.type == pafs.FileType.Directory:
+            self.fs.delete_dir(self.path)
+        elif info.type != pafs.FileType.NotFound:
+            self.fs.delete_file(self.path)
+
+    def move_to(self, target: Location) -> None:
+        """Rename a file or directory; on an object store, copy and then delete."""
+        if self.is_local:
+            target.local.parent.mkdir(parents=True, exist_ok=True)
+            shutil.move(self.path, target.path)
+            return
+        pafs.copy_files(self.path, target.path, source_filesystem=self.fs, destination_filesystem=target.fs)
+        self.remove()
+
+    def _info(self) -> Any:
+        return self.fs.get_file_info(self.path)
