@@ -23,6 +23,7 @@ class Location:
     fs: pafs.FileSystem
     path: str
     scheme: str = ""
+    query: str = ""  # of the URI, such as an endpoint
 
     @classmethod
     def of(cls, uri: str | Path) -> Location:
@@ -38,15 +39,18 @@ class Location:
         except Exception as error:  # pyarrow raises several types here, all about the URI
             raise ValueError(f"{text}: not a location that pyarrow can open: {error}") from error
         local = isinstance(filesystem, pafs.LocalFileSystem)
-        return cls(filesystem, path, "" if local else text.partition("://")[0])
+        if local:
+            return cls(filesystem, path)
+        return cls(filesystem, path, text.partition("://")[0], text.partition("?")[2])
 
     def __truediv__(self, name: str | int) -> Location:
-        return Location(self.fs, f"{self.path.rstrip('/')}/{name}", self.scheme)
+        return self._at(f"{self.path.rstrip('/')}/{name}")
 
     @property
     def uri(self) -> str:
         """An absolute path, or a URI where the path is not local."""
-        return f"{self.scheme}://{self.path}" if self.scheme else self.path
+        query = f"?{self.query}" if self.query else ""
+        return f"{self.scheme}://{self.path}{query}" if self.scheme else self.path
 
     @property
     def name(self) -> str:
@@ -54,7 +58,7 @@ class Location:
 
     @property
     def parent(self) -> Location:
-        return Location(self.fs, self.path.rstrip("/").rsplit("/", 1)[0] or "/", self.scheme)
+        return self._at(self.path.rstrip("/").rsplit("/", 1)[0] or "/")
 
     @property
     def is_local(self) -> bool:
@@ -104,7 +108,7 @@ class Location:
     def children(self) -> list[Location]:
         """What lies directly below, sorted by name; nothing if this is not a directory."""
         infos = self.fs.get_file_info(pafs.FileSelector(self.path, allow_not_found=True))
-        return sorted((Location(self.fs, info.path, self.scheme) for info in infos), key=lambda child: child.path)
+        return sorted((self._at(info.path) for info in infos), key=lambda child: child.path)
 
     def remove(self) -> None:
         """Delete the file or the whole directory; nothing happens if there is none."""
@@ -122,6 +126,9 @@ class Location:
             return
         pafs.copy_files(self.path, target.path, source_filesystem=self.fs, destination_filesystem=target.fs)
         self.remove()
+
+    def _at(self, path: str) -> Location:
+        return Location(self.fs, path, self.scheme, self.query)
 
     def _info(self) -> Any:
         return self.fs.get_file_info(self.path)

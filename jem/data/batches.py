@@ -1,0 +1,154 @@
+"""The global batch as a pure function of (seed, step), of which each rank takes its rows.
+
+Every random draw is made for the whole global batch from a generator named by (seed, purpose, step), then
+sliced: nothing depends on rank, world size or call order, and there is no loader state to save.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from jem.config import DataConfig
+from jem.data.augment import crop_and_flip, to_float
+from jem.data.splits import Split
+from jem.errors import ConfigError, Problem
+from jem.randomness import derive_seed, generator
+from jem.world import World
+
+ALONE = World()
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """One rank's part of a step's batch; images are on the [-1, 1] scale, augmented, with noise.
+
+    All labelled: `labels` go with `images`, `labelled_*` are None. Semi-supervised: `labels` is None and
+    `labelled_*` are this rank's part (maybe empty) of a second batch, drawn from the labelled images.
+    """
+
+    images: Float[Tensor, "n c h w"]
+    labels: Int64[Tensor, " n"] | None
+    labelled_images: Float[Tensor, "m c h w"] | None
+    labelled_labels: Int64[Tensor, " m"] | None
+    n_global: int  # images over all ranks
+    n_labelled_global: int  # images with a label over all ranks: those cross-entropy is a mean over
+
+
+@dataclass(frozen=True, eq=False)
+class Stream:
+    """An endless sequence of images, each once an epoch in a new order; batches may straddle epochs.
+
+    `rows` are the rows of `images` that belong to it; all its random draws are named by (seed, name).
+    """
+
+    name: str
+    images: Tensor  # uint8 [total, c, h, w], on the training device
+    labels: Tensor  # int64 [total], there too
+    rows: Tensor  # int64 [k], on the CPU
+    batch_size: int
+    seed: int
+
+    def draw(
+        self, step: int, config: DataConfig, share: Callable[[int], slice], dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """The rank's (images, labels) of the batch of `step`."""
+        part = share(self.batch_size)
+        device = self.images.device
+        # Orders and crops are drawn on the CPU, so that they are the same whatever the device; noise is large.
+        rows = self.rows[positions(len(self.rows), self.seed, self.name, step, self.batch_size)[part]].to(device)
+        random = generator("cpu", self.seed, self.name, "augment", step)
+        padding = config.crop_padding
+        shifts = torch.randint(-padding, padding + 1, (2, self.batch_size), generator=random)
+        mirrored = torch.rand(self.batch_size, generator=random) < (0.5 if config.flip else 0.0)
+        if padding or config.flip:
+            pixels = crop_and_flip(self.images, rows, shifts[:, part].to(device), mirrored[part].to(device))
+        else:
+            pixels = self.images[rows]
+        images = to_float(pixels, dtype)
+        if config.noise_std:
+            random = generator(device, self.seed, self.name, "noise", step)
+            shape = (self.batch_size, *self.images.shape[1:])
+            noise = torch.randn(shape, generator=random, device=device)  # float32 always: one noise, any dtype
+            images = images + config.noise_std * noise[part].to(dtype)
+        return images, self.labels[rows]
+
+
+class BatchSource:
+    """The training batches of one rank: `at(step)`. Images stay on `device` as uint8.
+
+    `share(n)` is this rank's slice of n rows, as `World.share`.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        config: DataConfig,
+        batch_size: int,
+        seed: int,
+        device: torch.device | str = "cpu",
+        share: Callable[[int], slice] = ALONE.share,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        check_padding(config, split.images.shape[2:])
+        images, labels = split.images.to(device), split.labels.to(device)
+        everything = torch.arange(len(split))
+        self._config, self._share, self._dtype = config, share, dtype
+        self._stream = Stream("train", images, labels, everything, batch_size, seed)
+        self._labelled: Stream | None = None
+        if config.labels_per_class is not None:
+            rows = labelled_rows(split.labels, config.labels_per_class, seed)
+            size = config.labelled_batch_size or batch_size
+            self._labelled = Stream("labelled", images, labels, rows, size, seed)
+
+    def at(self, step: int) -> Batch:
+        """The rank's part of the batch of `step`, counted from 0."""
+        images, labels = self._stream.draw(step, self._config, self._share, self._dtype)
+        n = self._stream.batch_size
+        if self._labelled is None:
+            return Batch(images, labels, None, None, n, n)
+        labelled_images, labelled_labels = self._labelled.draw(step, self._config, self._share, self._dtype)
+        return Batch(images, None, labelled_images, labelled_labels, n, self._labelled.batch_size)
+
+
+def positions(n: int, seed: int, name: str, step: int, batch_size: int) -> Int64[Tensor, " batch_size"]:
+    """Which of n images the batch of `step` holds: stream position g is permutation(g // n)[g % n]."""
+    parts, start, stop = [], step * batch_size, (step + 1) * batch_size
+    while start < stop:
+        epoch, first = divmod(start, n)
+        taken = min(n - first, stop - start)
+        parts.append(permutation(n, derive_seed(seed, name, "order", epoch))[first : first + taken])
+        start += taken
+    return torch.cat(parts)
+
+
+@functools.lru_cache(maxsize=8)
+def permutation(n: int, seed: int) -> Int64[Tensor, " n"]:
+    """A random order of n images; kept, as the next step asks again."""
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+
+
+def labelled_rows(labels: Int64[Tensor, " n"], per_class: int, seed: int) -> Int64[Tensor, " k"]:
+    """`per_class` rows of each class, ascending: a function of the labels and the run's seed."""
+    labels = labels.cpu()
+    counts = torch.bincount(labels)
+    if int(counts.min()) < per_class:
+        scarce = int(counts.argmin())
+        problem = f"is {per_class}, but class {scarce} has {int(counts[scarce])} training images; take that or fewer"
+        raise ConfigError([Problem("data.labels_per_class", problem)])
+    order = torch.randperm(len(labels), generator=generator("cpu", seed, "labelled", "subset"))
+    chosen = [order[labels[order] == c][:per_class] for c in range(len(counts))]
+    return torch.cat(chosen).sort().values
+
+
+def check_padding(config: DataConfig, size: tuple[int, ...]) -> None:
+    """A reflected border cannot be as wide as the image."""
+    if config.crop_padding >= min(size):
+        most = min(size) - 1
+        message = f"is {config.crop_padding}, must be at most {most}: the images are {size[0]} x {size[1]} pixels"
+        raise ConfigError([Problem("data.crop_padding", message)])

@@ -1,0 +1,118 @@
+"""How the weights move: optimiser, schedule, averaged weights, and the guard against non-finite updates."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from jem.config import OptimizerConfig
+
+
+def make_optimizer(network: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """Adam or SGD, fused: its kernel can skip an update by a flag that never leaves the device."""
+    if config.name == "sgd":
+        sgd = torch.optim.SGD(
+            network.parameters(),
+            config.learning_rate,
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
+            fused=True,
+        )
+        for parameter in network.parameters():  # if the first update is skipped, torch would keep uninitialised memory
+            sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        return sgd
+    betas = (config.betas[0], config.betas[1])
+    return torch.optim.Adam(
+        network.parameters(), config.learning_rate, betas, weight_decay=config.weight_decay, fused=True
+    )
+
+
+def learning_rate(config: OptimizerConfig, step: int) -> float:
+    """The rate of the update that follows `step` finished ones: a function of the step, so nothing to save.
+
+    It rises linearly over `warmup_steps`, and is multiplied by `decay_rate` at each of `decay_steps`.
+    """
+    warmup = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
+    decays = sum(step >= at for at in config.decay_steps)
+    return config.learning_rate * warmup * config.decay_rate**decays  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
+def guarded_update(
+    optimizer: torch.optim.Optimizer, config: OptimizerConfig, rate: float
+) -> tuple[Float[Tensor, ""], Bool[Tensor, ""]]:
+    """Clip and apply the gradients unless one is not finite; the whole gradient's norm, and whether it was skipped.
+
+    The decision is made on the device from the gradients as reduced over all ranks, so every rank
+    decides alike and none waits for its host. A skipped update leaves weights and moments as they were.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
+    skipped = ~norm.isfinite()
+    if config.clip_norm is not None:
+        torch.nn.utils.clip_grads_with_norm_(parameters, config.clip_norm, norm)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.grad_scale = None  # type: ignore[attr-defined]
+    optimizer.found_inf = skipped.float()  # type: ignore[attr-defined]  # as torch's GradScaler does
+    optimizer.step()
+    return norm, skipped
+
+
+def averaged_copy(network: nn.Module) -> nn.Module:
+    """A copy of the network to hold the exponential moving average of its weights."""
+    return copy.deepcopy(network).requires_grad_(False)
+
+
+@torch.no_grad()
+def update_average(average: nn.Module, network: nn.Module, decay: float) -> None:
+    """average <- decay * average + (1 - decay) * network; buffers are copied."""
+    torch._foreach_lerp_(list(average.parameters()), list(network.parameters()), 1 - decay)
+    for mine, theirs in zip(average.buffers(), network.buffers(), strict=True):
+        mine.copy_(theirs)
+
+
+class BufferGuard:
+    """Keeps a network's buffers (batch norm's running statistics) finite, and equal on every rank.
+
+    A skipped update takes them back to where they were before its forward pass.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        self.buffers = [b for b in network.buffers() if b.is_floating_point()]
+        self.before = [b.clone() for b in self.buffers]
+
+    @torch.no_grad()
+    def settle(self, skipped: Bool[Tensor, ""], size: int) -> None:
+        for buffer, before in zip(self.buffers, self.before, strict=True):
+            if size > 1:
+                torch.distributed.all_reduce(buffer)
+                buffer /= size
+            buffer.copy_(torch.where(skipped, before, buffer))
+
+
+def optimizer_tensors(network: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimiser's state as named tensors, `exp_avg/conv1.weight`: no pickle needed to store it."""
+    return {
+        f"{key}/{name}": value
+        for name, parameter in network.named_parameters()
+        for key, value in optimizer.state.get(parameter, {}).items()
+        if isinstance(value, Tensor)
+    }
+
+
+def load_optimizer_tensors(network: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """Put back what `optimizer_tensors` gave."""
+    parameters = dict(network.named_parameters())
+    keyed = [(*name.split("/", 1), value) for name, value in tensors.items()]
+    for name, entries in itertools.groupby(sorted(keyed, key=lambda item: item[1]), key=lambda item: item[1]):
+        parameter = parameters[name]
+        for key, _, value in entries:
+            # Adam's fused kernel wants its step counts in float32 on the parameter's device
+            dtype = torch.float32 if key == "step" else parameter.dtype
+            optimizer.state[parameter][key] = value.to(parameter.device, dtype)

@@ -1,0 +1,51 @@
+"""Stochastic gradient Langevin dynamics on images."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from jem.config import SGLDConfig
+from jem.energy import EnergyFn
+
+
+class Transition(NamedTuple):
+    """What a step of n chains saw. `energy` [n] and `grad_norm` [n] belong to the position it started from."""
+
+    energy: Tensor
+    grad_norm: Tensor
+
+
+def sgld_step(
+    energy_fn: EnergyFn, x: Float[Tensor, "n *d"], config: SGLDConfig, generator: torch.Generator
+) -> tuple[Float[Tensor, "n *d"], Transition]:
+    """Advance n independent chains by one step; `x` is left as it was.
+
+    x' = x - step_size * grad E(x) + noise_scale * eps,  eps ~ N(0, I)   (Welling & Teh, 2011)
+
+    Langevin dynamics at temperature 1 needs noise_scale = sqrt(2 * step_size); JEM sets the two
+    apart, so its defaults sample at temperature noise_scale**2 / (2 * step_size) = 5e-5.
+
+    With `config.clamp` = c the new positions are moved back into [-c, c].
+    """
+    with torch.enable_grad():
+        position = x.detach().requires_grad_(True)
+        energy = energy_fn(position)
+        (gradient,) = torch.autograd.grad(energy.sum(), position)
+    noise = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+    moved = x - config.step_size * gradient + config.noise_scale * noise
+    if config.clamp is not None:
+        moved = moved.clamp(-config.clamp, config.clamp)
+    return moved, Transition(energy.detach(), gradient.flatten(1).norm(dim=1))
+
+
+def sgld_chain(
+    energy_fn: EnergyFn, x: Float[Tensor, "n *d"], config: SGLDConfig, generator: torch.Generator
+) -> tuple[Float[Tensor, "n *d"], Transition]:
+    """Advance n chains by `config.steps` steps; also what the last of them saw."""
+    for _ in range(config.steps):
+        x, transition = sgld_step(energy_fn, x, config, generator)
+    return x, transition

@@ -1,0 +1,195 @@
+"""One training step of a joint energy model, and the loop around it. No I/O, no Ray: callers log and save."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from jem.config import JEMConfig
+from jem.data.batches import Batch
+from jem.energy import Logits, energy_fn
+from jem.models import ImageShape, initialize_act_norm, make_network
+from jem.objective import Counts, Loss, jem_loss
+from jem.optim import BufferGuard, averaged_copy, guarded_update, learning_rate, make_optimizer, update_average
+from jem.randomness import derive_seed, generator
+from jem.replay import ReplayBuffer
+from jem.sgld import Transition, sgld_chain
+from jem.world import World
+
+
+@dataclass
+class TrainState:
+    """Everything that changes while training: all of it, and nothing else, goes into a checkpoint."""
+
+    network: nn.Module
+    average: nn.Module | None  # exponential moving average of the weights
+    optimizer: torch.optim.Optimizer
+    replay: ReplayBuffer | None  # none where no term of the objective needs samples
+    generator: torch.Generator  # of this rank's chains
+    step: int = 0  # optimiser steps done
+    world_epoch: int = 0  # how often the number of workers or the kind of device changed
+
+
+class StepInfo(NamedTuple):
+    """What a step saw, as tensors on the device. Fields sum over the ranks to the step's figure.
+
+    `chain_grad_norm` is the mean norm of the energy's gradient at the chains' last position but one,
+    `reinit_share` the share of chains that restarted, `lost_chains` the number that were not finite.
+    """
+
+    loss: Loss
+    chain_grad_norm: Float[Tensor, ""]
+    reinit_share: Float[Tensor, ""]
+    lost_chains: Float[Tensor, ""]
+    grad_norm: Float[Tensor, ""]
+    skipped: Bool[Tensor, ""]  # the same on every rank
+    step: int
+    learning_rate: float
+
+
+class Samples(NamedTuple):
+    """What the chains gave for one step."""
+
+    images: Tensor
+    labels: Tensor
+    chain_grad_norm: Tensor
+    reinit_share: Tensor
+    lost_chains: Tensor
+
+
+def start(config: JEMConfig, shape: ImageShape, n_classes: int, world: World, device: torch.device) -> TrainState:
+    """A state at step 0; weights are the same on every rank, chains are each rank's own."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(config.seed, "weights"))
+        network = make_network(config.model, shape, n_classes).to(device, dtype_of(config))
+    average = averaged_copy(network) if config.optimizer.ema_decay else None
+    chain_generator = generator(device, config.seed, "chains", world.rank, world.size, 0)
+    replay = None
+    if config.objective.samples_needed:
+        replay = ReplayBuffer.start(config.replay, shape, n_classes, world, chain_generator)
+        replay.chains = replay.chains.to(dtype_of(config))
+    return TrainState(network, average, make_optimizer(network, config.optimizer), replay, chain_generator)
+
+
+def prepare_first_step(state: TrainState, images: Float[Tensor, "n c h w"]) -> None:
+    """What must see data before step 0: act norm. `images` is the whole first global batch, on every rank."""
+    initialize_act_norm(state.network, images)
+    if state.average is not None:
+        state.average.load_state_dict(state.network.state_dict())
+
+
+def train(
+    state: TrainState,
+    batch_at: Callable[[int], Batch],
+    config: JEMConfig,
+    steps: int,
+    world: World | None = None,
+    wrapped: nn.Module | None = None,
+) -> Iterator[StepInfo]:
+    """Train `state` until `steps` optimiser steps are done, yielding what each saw.
+
+    `batch_at(step)` gives this rank's part of that step's batch. `wrapped` is `state.network` in
+    DistributedDataParallel where there are several workers.
+    """
+    while state.step < steps:
+        yield train_step(state, batch_at(state.step), config, world or World(), wrapped)
+
+
+def train_step(
+    state: TrainState, batch: Batch, config: JEMConfig, world: World, wrapped: nn.Module | None = None
+) -> StepInfo:
+    """Draw samples from the model, take one step down the loss; `state` moves on in place.
+
+    The chains go through the bare network: they are each rank's own and communicate nothing. Data,
+    samples and labelled images then go through the wrapped network in ONE forward pass, because
+    DistributedDataParallel reduces the gradients of one forward and one backward pass. It divides them
+    by the world size, hence the factor.
+    """
+    network = state.network
+    samples = sample(state, config, batch.images, batch.n_global)
+    labelled = batch.images[:0] if batch.labelled_images is None else batch.labelled_images
+    guard = BufferGuard(network)
+
+    network.train()
+    with autocast(config, batch.images.device):
+        logits = (wrapped or network)(torch.cat([batch.images, samples.images, labelled]))
+    if logits.dtype != torch.float64:
+        logits = logits.float()
+    parts = logits.split([len(batch.images), len(samples.images), len(labelled)])
+    supervised = (parts[0], batch.labels) if batch.labelled_images is None else (parts[2], batch.labelled_labels)
+    counts = Counts(
+        data=batch.n_global,
+        samples=batch.n_global if state.replay else 0,
+        labelled=batch.n_global if batch.labelled_images is None else batch.n_labelled_global,
+    )
+    loss = jem_loss(parts[0], parts[1], *supervised, samples.labels, config.objective, counts)
+
+    state.optimizer.zero_grad()
+    (loss.total * world.size).backward()
+    rate = learning_rate(config.optimizer, state.step)
+    grad_norm, skipped = guarded_update(state.optimizer, config.optimizer, rate)
+    guard.settle(skipped, world.size)
+    if state.average is not None:
+        update_average(state.average, network, config.optimizer.ema_decay)
+    state.step += 1
+    return StepInfo(
+        loss._replace(total=loss.total.detach()),
+        samples.chain_grad_norm,
+        samples.reinit_share,
+        samples.lost_chains,
+        grad_norm / world.size,
+        skipped,
+        state.step,
+        rate,
+    )
+
+
+def sample(state: TrainState, config: JEMConfig, like: Float[Tensor, "n c h w"], n_global: int) -> Samples:
+    """Move as many of this rank's chains as `like` holds images, and put them back.
+
+    The network is in eval mode meanwhile: with batch norm, running statistics.
+    """
+    if state.replay is None:
+        none = like.new_zeros(())
+        return Samples(like[:0], torch.zeros(0, dtype=torch.int64, device=like.device), none, none, none)
+    drawn = state.replay.draw(len(like), state.generator)
+    state.network.eval()
+    with autocast(config, like.device):
+        energy = energy_fn(state.network, drawn.labels if config.sgld.conditional else None)
+        images, transition = sgld_chain(energy, drawn.x, config.sgld, state.generator)
+    lost = state.replay.write(drawn.slots, images)
+    return Samples(images, drawn.labels, *_shares(transition, drawn.restarted, n_global), lost.to(like.dtype))
+
+
+def _shares(transition: Transition, restarted: Tensor, n_global: int) -> tuple[Tensor, Tensor]:
+    return transition.grad_norm.sum() / n_global, restarted.sum().to(transition.grad_norm.dtype) / n_global
+
+
+def frozen_logits(network: nn.Module, config: JEMConfig) -> Logits:
+    """The network as a plain function for evaluation: eval mode, in the precision it was trained in."""
+    network.eval()
+
+    def logits(x: Tensor) -> Tensor:
+        with autocast(config, x.device):
+            out: Tensor = network(x)
+        return out if out.dtype == torch.float64 else out.float()
+
+    return logits
+
+
+def dtype_of(config: JEMConfig) -> torch.dtype:
+    """Of weights, images and chains; bf16 concerns the network's arithmetic only."""
+    return torch.float64 if config.precision == "float64" else torch.float32
+
+
+def autocast(config: JEMConfig, device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """bf16 arithmetic inside the network where `precision` says so."""
+    if config.precision != "bf16":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, torch.bfloat16)

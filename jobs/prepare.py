@@ -1,0 +1,48 @@
+"""Write a data set as checked Parquet files, for data.name=parquet: python jobs/prepare.py SOURCE OUT [KEY=VALUE ...]
+
+python jobs/prepare.py digits /data/digits
+python jobs/prepare.py ./photos s3://bucket/photos image_size=64 channels=3
+python jobs/prepare.py cifar10 /data/cifar10 root=~/downloads download=false
+python jobs/prepare.py --verify /data/digits
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this checkout, not an installed copy
+
+from orchestrator.prepare import command
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command; progress goes to stderr, the last line of stdout is one JSON object."""
+    parser = argparse.ArgumentParser(
+        prog="prepare.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="exit codes: 0 done, 1 failed, 2 bad configuration or data (the data set is damaged, OUT is not empty)",
+    )
+    parser.add_argument("source", metavar="SOURCE", nargs="?", help="a data.name, or the path of a folder of images")
+    parser.add_argument("out", metavar="OUT", help="an empty or new folder, as a path or any URI that pyarrow knows")
+    parser.add_argument("changes", metavar="KEY=VALUE", nargs="*", help="data.* settings, with or without the data.")
+    parser.add_argument("--verify", action="store_true", help="only OUT is given: compare each byte with its checksum")
+    arguments = parser.parse_intermixed_args(argv)
+    if arguments.verify == (arguments.source is not None):
+        parser.error("--verify takes OUT alone" if arguments.verify else "SOURCE and OUT are both needed")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that partial files are removed
+    sys.path.append(str(Path.cwd()))  # package.module:function of the user's own
+
+    code, result = command(
+        arguments.source, arguments.out, arguments.changes, lambda line: print(line, file=sys.stderr)
+    )
+    print(json.dumps(result))
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,208 @@
+"""Where and how a run runs, and how a recipe and `key=value` arguments become a `RunConfig`.
+
+Neither torch nor Ray is imported here: mistakes, --help and a run's name are instant.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from jem.config import SCIENCE, EvaluateConfig, JEMConfig
+from jem.errors import ConfigError, Problem
+from jem.settings import Entry, Settings, build, digest, flatten, group, setting
+
+RECIPES = Path(__file__).resolve().parents[1] / "jobs" / "recipes"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig(Settings):
+    """When checkpoints are written and how many stay."""
+
+    every: int = setting(500, ge=1, doc="steps between checkpoints; the last step always has one")
+    keep: int = setting(3, ge=1, doc="newest checkpoints that stay")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecoveryConfig(Settings):
+    """What happens when a worker dies."""
+
+    max_failures: int = setting(3, ge=0, doc="how often dead workers are replaced before the run counts as failed")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackingConfig(Settings):
+    """What is logged, how often, and to which MLflow."""
+
+    uri: str | None = setting(
+        None, doc="MLflow tracking URI; none: MLFLOW_TRACKING_URI where set, else SQLite inside storage_path"
+    )
+    experiment: str = setting("jem", doc="MLflow experiment")
+    every: int = setting(50, ge=1, doc="steps that a point of the training curves averages over")
+    images_every: int = setting(500, ge=1, doc="steps between pictures of the chains")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(JEMConfig):
+    """A run: the model and its training, plus where and how."""
+
+    name: str | None = setting(None, doc="of the run; none: the recipe's name and a digest of the science")
+    workers: int = setting(doc="Ray Train workers that share the batch and the chains, at most batch_size", ge=1)
+    steps: int = setting(ge=1, doc="optimiser steps; more of them continue a finished run")
+    device: str = setting("auto", choices=("auto", "cpu", "cuda"), doc="auto: a GPU a worker where there are enough")
+    deterministic: bool = setting(False, doc="GPU: deterministic kernels only")
+    storage_path: str = setting("./runs", doc="folder of all runs, or any pyarrow filesystem URI such as s3://...")
+    checkpoint: CheckpointConfig = group(CheckpointConfig)
+    recovery: RecoveryConfig = group(RecoveryConfig)
+    tracking: TrackingConfig = group(TrackingConfig)
+    evaluate: EvaluateConfig = group(EvaluateConfig)
+
+    def conflicts(self) -> Iterator[tuple[str, str]]:
+        yield from super().conflicts()
+        if self.workers > self.batch_size:
+            yield "workers", f"is {self.workers}, must be from 1 to batch_size ({self.batch_size})"
+        elif self.objective.samples_needed and not _shards_suffice(self):
+            yield (
+                "replay.capacity",
+                f"is {self.replay.capacity}, must be at least {self.batch_size + self.workers} so that "
+                f"each of {self.workers} workers holds the chains it draws",
+            )
+        if self.evaluate.ema and not self.optimizer.ema_decay:
+            yield "evaluate.ema", "is true, but no weights are averaged; set optimizer.ema_decay, to 0.999 say"
+        if self.name is not None and (not self.name or set(self.name) & set("/\\ ") or self.name.startswith(".")):
+            yield "name", f"is {self.name!r}, must be a folder's name: no slashes, spaces or leading dot"
+
+    @property
+    def science(self) -> dict[str, Any]:
+        """What changes the numbers, flat."""
+        return flatten(self, SCIENCE)
+
+
+def load_run_config(recipe: str, arguments: Sequence[str]) -> RunConfig:
+    """The configuration of RECIPE and `key=value` arguments, named; every mistake in one ConfigError."""
+    changes, problems = parse_arguments(arguments)
+    try:
+        entries = read_recipe(recipe) | changes
+    except ConfigError as error:
+        raise ConfigError([*error.problems, *problems]) from None
+    try:
+        config = build(RunConfig, entries)
+    except ConfigError as error:
+        raise ConfigError([*problems, *error.problems]) from None
+    if problems:
+        raise ConfigError(problems)
+    if config.name is None:
+        config = dataclasses.replace(config, name=f"{Path(recipe).stem}-{digest(config.science)}")
+    return config
+
+
+def bundled_recipes() -> list[str]:
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def read_recipe(recipe: str) -> dict[str, Entry]:
+    """The settings of a bundled recipe or a YAML file, dotted, with the line each was written on.
+
+    `base: NAME` starts from another recipe: a bundled one, or a path relative to this file.
+    """
+    return _read(_find(recipe, None), ())
+
+
+def parse_arguments(arguments: Sequence[str]) -> tuple[dict[str, Entry], list[Problem]]:
+    """`key=value` arguments, whose values are YAML; and what is wrong with the others."""
+    entries, problems = {}, []
+    for argument in arguments:
+        key, equals, text = argument.partition("=")
+        origin = "command line"
+        if not equals:
+            problems.append(Problem("", f"{argument!r} is not of the form key=value", origin))
+            continue
+        try:
+            entries[key] = Entry(yaml.safe_load(text) if text else "", origin, raw=text)
+        except yaml.YAMLError:
+            problems.append(Problem(key, f"is {text!r}, which is not a YAML value", origin))
+    return entries, problems
+
+
+def to_yaml(config: RunConfig) -> str:
+    """The whole configuration as a recipe that gives it again."""
+    return yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False)
+
+
+def from_flat(values: dict[str, Any]) -> RunConfig:
+    """The inverse of `flatten`, from JSON."""
+    return build(RunConfig, {key: Entry(value) for key, value in values.items()})
+
+
+def _find(recipe: str, beside: Path | None) -> Path:
+    if recipe.endswith((".yaml", ".yml")):
+        path = (beside.parent if beside else Path()) / Path(recipe).expanduser()
+        if path.is_file():
+            return path
+        raise ConfigError([Problem("", f"no such recipe file: {path.absolute()}")])
+    path = RECIPES / f"{recipe}.yaml"
+    if path.is_file():
+        return path
+    names = bundled_recipes()
+    close = difflib.get_close_matches(recipe, names, 1)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    raise ConfigError([Problem("", f"no recipe {recipe!r}{hint} Bundled: {', '.join(names)}; or give a .yaml file")])
+
+
+def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Entry]:
+    if path in seen:
+        raise ConfigError([Problem("base", "the recipes inherit from each other in a circle", str(path))])
+    try:
+        root = yaml.compose(path.read_text(), Loader=yaml.SafeLoader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        message = getattr(error, "problem", None) or str(error)
+        raise ConfigError([Problem("", f"not valid YAML: {message}", where)]) from error
+    if root is None:
+        return {}
+    if not isinstance(root, yaml.MappingNode):
+        raise ConfigError([Problem("", "a recipe is a mapping of settings", f"{path}:{root.start_mark.line + 1}")])
+    entries: dict[str, Entry] = {}
+    _walk(root, "", path, entries)
+    base = entries.pop("base", None)
+    if base is None:
+        return entries
+    return _read(_find(str(base.value), path), (*seen, path)) | entries
+
+
+def _walk(node: yaml.MappingNode, prefix: str, path: Path, entries: dict[str, Entry]) -> None:
+    groups = {f.name for f in dataclasses.fields(RunConfig) if isinstance(f.default_factory, type)}
+    for key_node, value_node in node.value:
+        key = f"{prefix}{key_node.value}"
+        origin = f"{path}:{key_node.start_mark.line + 1}"
+        if key in entries:
+            raise ConfigError([Problem(key, f"is given twice, first at {entries[key].origin}", origin)])
+        if isinstance(value_node, yaml.MappingNode):
+            _walk(value_node, f"{key}.", path, entries)
+        elif key in groups:
+            raise ConfigError([Problem(key, "is a group of settings, a mapping was expected", origin)])
+        else:
+            value = yaml.SafeLoader("").construct_object(value_node, deep=True)
+            entries[key] = Entry(value, origin)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, tuple) else value
+
+
+def _shards_suffice(config: RunConfig) -> bool:
+    """Whether every rank's shard holds as many chains as its share of the batch."""
+
+    def share(n: int, rank: int) -> int:
+        return n * (rank + 1) // config.workers - n * rank // config.workers
+
+    return all(share(config.replay.capacity, r) >= share(config.batch_size, r) for r in range(config.workers))

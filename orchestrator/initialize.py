@@ -1,0 +1,67 @@
+"""Starting from a model that exists: a checkpoint of ours, a registered model, or a classifier's state_dict."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from safetensors.torch import load as parse_tensors
+from torch import Tensor
+
+from jem import checkpoint
+from jem.errors import DataError
+from jem.files import Location
+from jem.train import TrainState
+from jem.world import World
+
+
+def initialize_from(source: str, state: TrainState, world: World) -> None:
+    """Put weights into `state`, and the chains too where the source is a checkpoint that holds such.
+
+    `source`: a checkpoint directory (its final weights; its chains where capacity and image shape are the
+    same), a directory that holds one model.safetensors, or a state_dict as .safetensors or .pt, of which
+    tensors alone are read. Raises CheckpointError naming what does not fit the network.
+    """
+    location = Location.of(source)
+    if (location / checkpoint.MANIFEST).exists():
+        manifest = checkpoint.read_manifest(location)
+        weights = manifest.tensors(f"{manifest.info['final']}.safetensors")
+        if state.replay is not None and _same_chains(manifest, state):
+            capacity = state.replay.config.capacity
+            state.replay.chains = checkpoint.read_chains(manifest, world, capacity).to(state.replay.chains)
+    else:
+        weights = read_state_dict(location)
+    checkpoint.load_weights(state.network, weights, f"init_from={source}")
+    if state.average is not None:
+        state.average.load_state_dict(state.network.state_dict())
+
+
+def read_state_dict(location: Location) -> dict[str, Tensor]:
+    """A network's tensors by name. Raises DataError if there are none."""
+    if location.is_dir():
+        location = location / "model.safetensors"
+    if not location.exists():
+        raise DataError(f"init_from: there is no {location.uri}; give a checkpoint directory, .safetensors or .pt")
+    if location.name.endswith(".safetensors"):
+        return parse_tensors(location.read())
+    import io
+
+    try:
+        content: Any = torch.load(io.BytesIO(location.read()), map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a file that is no state_dict makes torch raise
+        raise DataError(f"init_from: {location.uri} is not a file of tensors: {str(error).splitlines()[0]}") from error
+    for key in ("state_dict", "model_state_dict"):
+        content = content.get(key, content) if isinstance(content, dict) else content
+    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise DataError(f"init_from: {location.uri} is not a state_dict (a mapping from names to tensors)")
+    return {str(key).removeprefix("module."): value for key, value in content.items()}
+
+
+def _same_chains(manifest: checkpoint.Manifest, state: TrainState) -> bool:
+    assert state.replay is not None
+    config = manifest.info["config"]
+    has_chains = any(name.startswith("chains-") for name in manifest.files)
+    same = config["replay.capacity"] == state.replay.config.capacity
+    return has_chains and same and tuple(manifest.info["image_shape"]) == tuple(state.replay.chains.shape[1:])
+
+

@@ -1,0 +1,205 @@
+"""From a configuration to a finished run: the run's folder, MLflow, Ray, the workers, the result."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from jem.errors import JEMError
+from jem.files import Location
+from orchestrator import control
+from orchestrator.config import RunConfig
+from orchestrator.events import EventLog
+from orchestrator.facts import facts
+from orchestrator.mirror import Mirror, spool_of
+from orchestrator.progress import Progress, follow
+from orchestrator.ray_cluster import start_ray, train_on_ray
+from orchestrator.registry import resolve_model
+from orchestrator.result import EXIT_CODES, Result
+from orchestrator.runs import RunRecord, lock, open_record, storage_of, write_config
+from orchestrator.tracking import Uploader, default_uri
+
+STOP_PATIENCE_S = 25.0
+"""How long workers may take to reach a checkpoint after a request to stop."""
+
+
+def launch(config: RunConfig, fresh: bool = False) -> Result:
+    """Train, or continue, or read out the run that `config` names."""
+    storage = storage_of(config)
+    uri, artifact_root = default_uri(storage, config.tracking.uri)
+    assert config.name
+    root = storage / config.name
+    with lock(root):
+        record = open_record(root, config, fresh)
+        if record.status == "finished" and record.result and record.result["step"] >= config.steps:
+            return Result(**record.result)
+        write_config(root, config)
+        return Attempt(config, root, record, uri, artifact_root).run()
+
+
+class Attempt:
+    """One driver's work on a run."""
+
+    def __init__(self, config: RunConfig, root: Location, record: RunRecord, uri: str, artifacts: str | None) -> None:
+        self.config, self.root, self.record = config, root, record
+        self.number = len(record.attempts) + 1
+        self.folder = root.local if root.is_local else spool_of(root)
+        self.log_path = self.folder / "events.jsonl"
+        self.saving = threading.Lock()
+        self.stopping = False
+        known = record.mlflow.get("run_id") if record.mlflow.get("uri") == uri else None
+        self.uploader = Uploader(
+            log_path=self.log_path,
+            run_dir=self.folder,
+            uri=uri,
+            experiment=config.tracking.experiment,
+            run_name=record.name,
+            run_id=known,
+            artifact_root=artifacts,
+            params=config.science,
+            tags=facts() | {"attempts": self.number, "steps": config.steps, "storage": root.uri, "digest": record.digest},
+            on_run=self._remember_run,
+        )
+        record.mlflow = {"uri": uri, "experiment": config.tracking.experiment, "run_id": known}
+
+    def run(self) -> Result:
+        entry = {"number": self.number, "host": socket.gethostname(), "pid": os.getpid(), "started": time.time()}
+        self.record.attempts.append(entry | {"workers": self.config.workers})
+        self.record.status = "running"
+        self._save()
+        control.clear_request(self.root)
+        seen = self.log_path.stat().st_size if self.log_path.exists() else 0
+        EventLog(self.log_path).close()
+        self.uploader.start()
+        try:
+            with self._progress(seen), self._signals():
+                outcome = self._train()
+        except BaseException as error:  # also Ctrl-C: the run is closed as what it is, then the error goes on
+            self._close(self._failed(error))
+            raise
+        return self._close(outcome)
+
+    def _train(self) -> dict[str, Any]:
+        """Ray up, all steps, Ray down; what the workers say of it."""
+        init_from = resolve_model(self.config.init_from, self.root, self.config.tracking.uri)
+        with start_ray(self.config) as cluster, Mirror(self.root, self.log_path, needed=not cluster.private):
+            return self._in_thread(
+                lambda: train_on_ray(self.config, self.root, self.log_path, self.number, init_from, cluster)
+            )
+
+    def _in_thread(self, function: Any) -> dict[str, Any]:
+        """Wait in the main thread, where signals arrive, while Ray works in another.
+
+        On the main thread fit() would take SIGINT for itself and abort.
+        """
+        box: list[Any] = []
+
+        def call() -> None:
+            try:
+                box.append(function())
+            except BaseException as error:  # noqa: BLE001  # handed over to the main thread
+                box.append(error)
+
+        thread = threading.Thread(target=call, daemon=True, name="ray-train")
+        thread.start()
+        deadline = None
+        while thread.is_alive():
+            thread.join(0.2)
+            if self.stopping and deadline is None:
+                deadline = time.monotonic() + STOP_PATIENCE_S
+            if deadline is not None and time.monotonic() > deadline:
+                return {"status": "stopped", "message": "stopped before the workers could write a checkpoint"}
+        if isinstance(box[0], BaseException):
+            raise box[0]
+        return box[0]  # type: ignore[no-any-return]
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """SIGTERM and Ctrl-C ask the workers for a checkpoint at a step they agree on."""
+
+        def stop(number: int, _frame: Any) -> None:
+            if self.stopping and number == signal.SIGINT:
+                raise KeyboardInterrupt
+            self.stopping = True
+            control.request_stop(self.root)
+            print("stopping: a checkpoint first (Ctrl-C again: at once)", file=sys.stderr)
+
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    @contextmanager
+    def _progress(self, seen: int) -> Iterator[None]:
+        progress, done = Progress(self.config.steps), threading.Event()
+        arguments = (self.log_path, seen, progress.update, done)
+        thread = threading.Thread(target=follow, args=arguments, daemon=True, name="progress")
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join(5)
+            progress.close()
+
+    def _close(self, outcome: dict[str, Any]) -> Result:
+        """Write down what came of the attempt: in the log, MLflow, run.json and the result."""
+        status = outcome["status"]
+        log = EventLog(self.log_path)
+        log.append("artifact", path="recipe.yaml") if self.root.is_local else None
+        log.append("end", status=status)
+        log.close()
+        run_id = self.uploader.finish(status, timeout=120)
+        old = self.record.result or {}
+        result = Result(
+            run_id=run_id,
+            name=self.record.name,
+            checkpoint=outcome.get("checkpoint") or old.get("checkpoint"),
+            step=outcome.get("step", old.get("step", 0)),
+            metrics=outcome.get("metrics", {}),
+            status=status,
+            weights=outcome.get("weights"),
+            samples=self._newest_picture(),
+            tracking_uri=self.record.mlflow.get("uri"),
+            message=outcome.get("message", ""),
+        )
+        self.record.status = status
+        self.record.result = dataclasses.asdict(result)
+        self.record.attempts[-1] |= {"ended": time.time(), "status": status, "step": result.step}
+        self._save()
+        return result
+
+    def _failed(self, error: BaseException) -> dict[str, Any]:
+        if isinstance(error, JEMError):
+            return {"status": error.status, "message": str(error)}
+        if isinstance(error, KeyboardInterrupt):
+            return {"status": "stopped", "message": "interrupted at once, without a new checkpoint"}
+        return {"status": "failed", "message": "".join(traceback.format_exception_only(error)).strip()}
+
+    def _newest_picture(self) -> str | None:
+        pictures = (self.root / "samples").children()
+        return pictures[-1].uri if pictures else None
+
+    def _remember_run(self, run_id: str) -> None:
+        self.record.mlflow["run_id"] = run_id
+        self._save()
+
+    def _save(self) -> None:
+        with self.saving:
+            self.record.save(self.root)

@@ -1,0 +1,71 @@
+"""The run's log on the driver's side, where the storage is an object store and rank 0 is on another machine."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from pathlib import Path
+from types import TracebackType
+
+from jem import checkpoint
+from jem.errors import JEMError
+from jem.files import Location
+from orchestrator.events import EventLog
+
+LOOK_EVERY_S = 5.0
+
+
+def spool_of(root: Location) -> Path:
+    """A local folder for the log of a run whose own folder is not local."""
+    name = hashlib.sha256(root.uri.encode()).hexdigest()[:12]
+    return Path.home() / ".cache" / "jem" / "spool" / f"{root.name}-{name}"
+
+
+class Mirror:
+    """While open, copies the events that committed checkpoints carry into the local log, and their pictures."""
+
+    def __init__(self, root: Location, log_path: Path, needed: bool) -> None:
+        self.root, self.log_path = root, log_path
+        self.needed = needed and not root.is_local
+        self.stop = threading.Event()
+        self.thread = threading.Thread(target=self._work, daemon=True, name="log mirror")
+
+    def __enter__(self) -> Mirror:
+        if self.needed:
+            self.done = {int(d.name) for d in checkpoint.committed(self.root / "checkpoints")}
+            self.log = EventLog(self.log_path)
+            self.thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        if self.needed:
+            self.stop.set()
+            self.thread.join()
+            self.copy()
+            tail = self.root / "events-tail.jsonl"
+            if tail.exists():
+                self._take(tail.read())
+            self.log.close()
+
+    def copy(self) -> None:
+        for directory in reversed(checkpoint.committed(self.root / "checkpoints")):
+            step = int(directory.name)
+            if step not in self.done:
+                self._take(checkpoint.read_manifest(directory).read("events.jsonl"))
+                self.done.add(step)
+
+    def _take(self, lines: bytes) -> None:
+        for line in lines.splitlines():
+            event = json.loads(line)
+            if event["kind"] == "image":
+                target = Location.of(self.log_path.parent / event["path"])
+                target.write((self.root / event["path"]).read())
+        self.log.extend(lines)
+
+    def _work(self) -> None:
+        while not self.stop.wait(LOOK_EVERY_S):
+            try:
+                self.copy()
+            except (JEMError, OSError):
+                continue  # pruned or unreachable meanwhile: the next look tries again

@@ -1,0 +1,145 @@
+"""Ray: a private one on this machine or the cluster that RAY_ADDRESS names, and a Ray Train run on it."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jem.errors import ConfigError, Problem
+from jem.files import Location
+from orchestrator.config import RunConfig
+from orchestrator.facts import ROOT, facts
+
+QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    # How often the controller looks for reports and dead workers: a report waits for the next look.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+}
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """What there is to run on."""
+
+    private: bool  # started by us, on this machine, for this run
+    cpus: float
+    gpus: float
+
+
+@contextmanager
+def start_ray(config: RunConfig) -> Iterator[Cluster]:
+    """Join the cluster at RAY_ADDRESS, or start a Ray that lives as long as the context."""
+    for key, value in QUIET.items():
+        os.environ.setdefault(key, value)
+    import ray
+
+    address = os.environ.get("RAY_ADDRESS")
+    # The checkout that holds this file is what the workers import, wherever they start.
+    path = os.pathsep.join(filter(None, [str(ROOT), os.getcwd(), os.environ.get("PYTHONPATH", "")]))
+    quiet = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": True}
+    variables = {key: os.environ[key] for key in QUIET} | {"PYTHONPATH": path}
+    if address:
+        ray.init(address=address, runtime_env={"env_vars": variables}, **quiet)
+    else:
+        # Ray's CPUs are logical: more workers than cores run, slowly, instead of waiting for ever.
+        cpus = max(os.cpu_count() or 1, config.workers)
+        environment = {"env_vars": variables}
+        ray.init(address="local", num_cpus=cpus, include_dashboard=False, runtime_env=environment, **quiet)
+    try:
+        resources = ray.cluster_resources()
+        cluster = Cluster(not address, resources.get("CPU", 0), resources.get("GPU", 0))
+        _check(config, cluster)
+        yield cluster
+    finally:
+        ray.shutdown()
+
+
+def train_on_ray(
+    config: RunConfig, root: Location, log_path: Path, attempt: int, init_from: str | None, cluster: Cluster
+) -> dict[str, Any]:
+    """Run the worker function on every worker; what it returned on rank 0. Raises what Ray raises."""
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    from orchestrator.worker import Job
+
+    job = Job(config, root, log_path, attempt, init_from, facts())
+    trainer = TorchTrainer(
+        _worker,
+        train_loop_config={"job": job},
+        scaling_config=ScalingConfig(num_workers=config.workers, use_gpu=use_gpu(config, cluster)),
+        run_config=RunConfig(
+            name=f"attempt-{attempt}",
+            storage_path=(root / "ray").path,
+            storage_filesystem=root.fs,
+            checkpoint_config=CheckpointConfig(num_to_keep=2),
+            failure_config=FailureConfig(max_failures=config.recovery.max_failures, controller_failure_limit=3),
+        ),
+    )
+    return trainer.fit().return_value  # type: ignore[no-any-return]
+
+
+def use_gpu(config: RunConfig, cluster: Cluster) -> bool:
+    """Whether each worker gets a GPU."""
+    if config.device == "auto":
+        return cluster.gpus >= config.workers
+    return config.device == "cuda"
+
+
+def _worker(arguments: dict[str, Any]) -> dict[str, Any]:
+    """What Ray Train calls on each worker: threads, device and world, then `orchestrator.worker.run`."""
+    import ray.train
+    import ray.train.torch
+    import torch
+    from ray.train import Checkpoint, CheckpointUploadMode
+
+    from jem.world import World
+    from orchestrator.worker import Job, run
+
+    job: Job = arguments["job"]
+    context = ray.train.get_context()
+    # Ray gives one thread whatever the machine has; workers on one machine share its cores evenly.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    torch.set_num_threads(max(1, cores // context.get_local_world_size()))
+    if job.config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    world, device = World.current(), ray.train.torch.get_device()
+
+    def report(metrics: dict[str, float], uri: str) -> None:
+        """Ray keeps a pointer: ours is the checkpoint."""
+        if world.rank > 0:
+            ray.train.report({}, checkpoint=None)
+            return
+        folder = tempfile.mkdtemp(prefix="pointer-")
+        (Path(folder) / "pointer.json").write_text(json.dumps({"checkpoint": uri}))
+        pointer = Checkpoint.from_directory(folder)
+        ray.train.report(
+            metrics,
+            checkpoint=pointer,
+            checkpoint_upload_mode=CheckpointUploadMode.SYNC,
+            delete_local_checkpoint_after_upload=True,
+        )
+
+    return run(job, world, device, report)
+
+
+def _check(config: RunConfig, cluster: Cluster) -> None:
+    if config.device == "cuda" and cluster.gpus < config.workers:
+        message = f"is {config.workers}, but there are {cluster.gpus:g} GPUs; lower it, or set device=cpu"
+        raise ConfigError([Problem("workers", message)])
+    if not cluster.private and cluster.cpus < config.workers:
+        print(
+            f"workers={config.workers}, but the cluster has {cluster.cpus:g} CPUs at present: waiting for more",
+            file=sys.stderr,
+        )

@@ -1,0 +1,42 @@
+"""Models that MLflow keeps."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+from pyarrow import fs as pafs
+
+from jem.errors import DataError
+from jem.files import Location
+
+SCHEMES = ("models:/", "runs:/")
+
+
+def resolve_model(source: str | None, root: Location, tracking_uri: str | None) -> str | None:
+    """`init_from` as a path every worker can read: a model of MLflow's is copied into the run's folder."""
+    if source is None or not source.startswith(SCHEMES):
+        return source
+    target = root / "init_from"
+    if not target.exists():
+        import mlflow
+
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                found = mlflow.artifacts.download_artifacts(
+                    artifact_uri=source, dst_path=folder, tracking_uri=tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
+                )
+            except Exception as error:  # MLflow raises whatever its store, driver or server does
+                reason = (str(error) or type(error).__name__).splitlines()[0]
+                raise DataError(f"init_from: {source} cannot be had from MLflow: {reason}") from error
+            weights = sorted(Path(found).rglob("model.safetensors"))
+            if not weights:
+                raise DataError(f"init_from: {source} holds no model.safetensors")
+            pafs.copy_files(
+                str(weights[0].parent),
+                target.path,
+                source_filesystem=pafs.LocalFileSystem(),
+                destination_filesystem=target.fs,
+            )
+    return target.uri

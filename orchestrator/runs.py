@@ -1,0 +1,197 @@
+"""A run's folder: who it is, whether somebody is working on it, what came of it.
+
+    STORAGE/NAME/run.json        name -> MLflow run -> attempts -> result
+    STORAGE/NAME/lock            held by the driver that works on the run
+    STORAGE/NAME/recipe.yaml     the whole configuration
+    STORAGE/NAME/events.jsonl    the log
+    STORAGE/NAME/checkpoints/    ours;  STORAGE/NAME/ray/  Ray's pointers to them
+    STORAGE/NAME/samples/        pictures of the chains
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import psutil
+
+from jem.errors import ConfigError, Problem
+from jem.files import Location
+from jem.settings import digest, flatten
+from orchestrator.config import RunConfig, to_yaml
+
+HEARTBEAT_S = 10.0
+
+
+@dataclass
+class RunRecord:
+    """What run.json holds."""
+
+    name: str
+    science: dict[str, Any]
+    digest: str
+    status: str = "new"  # new, running, finished, stopped, failed, diverged, ...
+    mlflow: dict[str, str | None] = field(default_factory=dict)
+    attempts: list[dict[str, Any]] = field(default_factory=list)
+    result: dict[str, Any] | None = None
+
+    def save(self, root: Location) -> None:
+        (root / "run.json").write(json.dumps(asdict(self), indent=1).encode())
+
+
+def storage_of(config: RunConfig) -> Location:
+    """Where all runs live. Raises ConfigError if it cannot be used from here."""
+    path = config.storage_path
+    if "://" not in path and not os.path.isabs(os.path.expanduser(path)) and under_ray_job():
+        reason = "is relative, but a submitted job's directory is thrown away when it ends"
+        raise ConfigError([Problem("storage_path", f"{path!r} {reason}; give an absolute path or a URI such as s3://")])
+    try:
+        storage = Location.of(path)
+        storage.mkdir()
+        probe = storage / f".writable-{socket.gethostname()}-{os.getpid()}"
+        probe.write(b"")
+        probe.remove()
+    except (OSError, ValueError) as error:
+        raise ConfigError([Problem("storage_path", f"{path!r} cannot be written: {error}")]) from error
+    return storage
+
+
+def under_ray_job() -> bool:
+    """Whether this process was started by `ray job submit`."""
+    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+
+
+def read_record(root: Location) -> RunRecord | None:
+    """The run in a folder, or None. Raises ConfigError if run.json is damaged."""
+    path = root / "run.json"
+    if not path.exists():
+        return None
+    try:
+        return RunRecord(**json.loads(path.read()))
+    except (ValueError, TypeError) as error:
+        remedy = "restore it, or start anew with --fresh"
+        raise ConfigError(f"{path.uri}: damaged ({error}); {remedy}") from error
+
+
+def open_record(root: Location, config: RunConfig, fresh: bool) -> RunRecord:
+    """The record of the run to work on: the one that is there, or a new one.
+
+    `fresh` first moves what is there to NAME.1, or the next number that is free. Raises ConfigError
+    with the differences if the run that is there is of another science.
+    """
+    if fresh and root.exists():
+        root.move_to(_aside(root))
+    record = None if fresh else read_record(root)
+    if record is None:
+        assert config.name
+        root.mkdir()
+        return RunRecord(config.name, config.science, digest(config.science))
+    old, new = record.science, json.loads(json.dumps(config.science))
+    changed = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
+    if changed:
+        problems = [Problem(k, f"is {new.get(k)!r}, the run {root.uri} has {old.get(k)!r}") for k in changed]
+        remedy = "give the run another name=, or start it anew with --fresh (the old one is kept as NAME.1)"
+        raise ConfigError([*problems, Problem("", remedy)])
+    return record
+
+
+def write_config(root: Location, config: RunConfig) -> None:
+    (root / "recipe.yaml").write(to_yaml(config).encode())
+    (root / "config.json").write(json.dumps(flatten(config), indent=1).encode())
+
+
+@contextmanager
+def lock(root: Location) -> Iterator[None]:
+    """Hold the run; ConfigError naming host and pid if another living driver does.
+
+    On a local disk the operating system releases the lock with the process. On an object store the lock
+    is a file with a heartbeat, which counts as dead at once if its process on this host is gone, and
+    elsewhere after three missed beats.
+    """
+    if root.is_local:
+        with _local_lock(root):
+            yield
+    else:
+        with _remote_lock(root):
+            yield
+
+
+@contextmanager
+def _local_lock(root: Location) -> Iterator[None]:
+    path = root.local.parent / f".{root.name}.lock"  # beside the folder, which --fresh moves away
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            raise _held(root, file.read()) from None
+        file.truncate(0)
+        file.write(_identity())
+        file.flush()
+        yield
+
+
+@contextmanager
+def _remote_lock(root: Location) -> Iterator[None]:
+    import threading
+
+    path = root.parent / f".{root.name}.lock"
+    if path.exists():
+        text = path.read().decode()
+        if _alive(text):
+            raise _held(root, text)
+    path.write(_identity().encode())
+    stop = threading.Event()
+
+    def beat() -> None:
+        while not stop.wait(HEARTBEAT_S):
+            path.write(_identity().encode())
+
+    thread = threading.Thread(target=beat, daemon=True, name="run lock")
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+        path.remove()
+
+
+def _identity() -> str:
+    me = psutil.Process()
+    return json.dumps({"host": socket.gethostname(), "pid": me.pid, "start": me.create_time(), "time": time.time()})
+
+
+def _alive(text: str) -> bool:
+    try:
+        holder = json.loads(text)
+        if holder["host"] == socket.gethostname():
+            process = psutil.Process(holder["pid"])
+            return abs(process.create_time() - holder["start"]) < 1
+        return bool(time.time() - holder["time"] < 3 * HEARTBEAT_S)
+    except (ValueError, KeyError, psutil.Error):
+        return False
+
+
+def _held(root: Location, text: str) -> ConfigError:
+    try:
+        holder = json.loads(text)
+        who = f"pid {holder['pid']} on {holder['host']}"
+    except (ValueError, KeyError):
+        who = "another process"
+    return ConfigError(f"{root.uri}: {who} is working on this run; wait for it, stop it, or give this one another name=")
+
+
+def _aside(root: Location) -> Location:
+    number = 1
+    while (root.parent / f"{root.name}.{number}").exists():
+        number += 1
+    return root.parent / f"{root.name}.{number}"

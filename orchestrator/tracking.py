@@ -1,0 +1,143 @@
+"""The run in MLflow: one uploader on the driver's side sends the run's log there, aside from training."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from jem.errors import ConfigError, Problem
+from jem.files import Location
+from orchestrator import events
+from orchestrator.mlflow_run import RunSpec
+from orchestrator.upload import Upload, reason, shown, sync, terminal_status
+
+__all__ = ["Uploader", "default_uri", "sync"]
+
+log = logging.getLogger(__name__)
+
+_POLL_S = 1.0
+_MAX_BACKOFF_S = 60.0
+
+
+def default_uri(storage: Location, configured: str | None) -> tuple[str, str | None]:
+    """The tracking URI and, where MLflow's server does not decide it, the root of the artifacts.
+
+    `configured`, else MLFLOW_TRACKING_URI, else SQLite inside a local `storage`.
+    """
+    uri = configured or os.environ.get("MLFLOW_TRACKING_URI")
+    if not uri and not storage.is_local:
+        message = (
+            f"MLflow's SQLite file cannot live in the object store {storage.uri}: set tracking.uri, or "
+            "MLFLOW_TRACKING_URI, to an MLflow server (http://HOST:PORT) or a database on a local disk"
+        )
+        raise ConfigError([Problem("tracking.uri", message)])
+    uri = _absolute(uri or f"sqlite:///{(storage / 'mlflow.db').local}")
+    decided_by_server = uri.startswith(("http://", "https://", "databricks"))
+    return uri, None if decided_by_server else (storage / "mlartifacts").uri
+
+
+class Uploader:
+    """Sends a run's log to MLflow from a daemon thread: it never raises into the driver and never blocks it."""
+
+    def __init__(
+        self,
+        *,
+        log_path: Path,
+        run_dir: Path,
+        uri: str,
+        experiment: str,
+        run_name: str,
+        run_id: str | None = None,
+        artifact_root: str | None = None,
+        params: Mapping[str, Any] | None = None,
+        tags: Mapping[str, Any] | None = None,
+        on_run: Callable[[str], None] | None = None,
+    ) -> None:
+        """`on_run` is called, in the uploader's thread, with the id of a run as soon as it is known."""
+        spec = RunSpec(uri, experiment, run_name, artifact_root, _texts(params), _texts(tags))
+        self._upload = Upload(spec, Path(log_path), Path(run_dir), run_id, on_run)
+        self._thread = threading.Thread(target=self._work, name="mlflow-uploader", daemon=True)
+        self._stop = threading.Event()
+        self._deadline = float("inf")
+        self._status: str | None = None
+        self._done = False
+        self._down = False
+
+    @property
+    def run_id(self) -> str | None:
+        return self._upload.run_id
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def finish(self, status: str, timeout: float) -> str | None:
+        """Send everything, close the run as `status` (finished, stopped, failed, ...), and return its id.
+
+        After `timeout` seconds it gives up with a warning: the log keeps what is not sent.
+        """
+        self._end_log(status)
+        self._status = terminal_status(status)
+        self._deadline = time.monotonic() + timeout
+        self._stop.set()
+        if self._thread.is_alive():
+            self._thread.join(timeout)
+        if not self._done:
+            log.warning("%s", self._upload.what_is_left())
+        return self.run_id
+
+    def _end_log(self, status: str) -> None:
+        """Whether points were sent without a checkpoint must be readable in the log: `end` says so."""
+        try:
+            written, _ = events.read(self._upload.log_path)
+            if not written or written[-1]["kind"] != "end":
+                ending = events.EventLog(self._upload.log_path)
+                ending.append("end", status=status)
+                ending.close()
+        except OSError as error:
+            log.warning("%s cannot be ended (%s)", self._upload.log_path, error)
+
+    def _work(self) -> None:
+        backoff = _POLL_S
+        while not self._done and time.monotonic() < self._deadline:
+            stopping = self._stop.is_set()
+            try:
+                self._upload.catch_up(lambda: time.monotonic() >= self._deadline)
+                if stopping and time.monotonic() < self._deadline:
+                    self._upload.close(self._status)
+                    self._done = True
+                backoff, self._down = _POLL_S, False
+            except Exception as error:  # MLflow raises whatever its store, driver or server does
+                self._upload.disconnect()
+                self._warn_once(error)
+                backoff = min(2 * backoff, _MAX_BACKOFF_S)
+            self._pause(backoff)
+
+    def _pause(self, backoff: float) -> None:
+        stopping = self._stop.wait(backoff if self._down else _POLL_S)
+        if stopping and self._down:  # the driver is waiting for the end: try more often
+            time.sleep(max(0.0, min(_POLL_S, self._deadline - time.monotonic())))
+
+    def _warn_once(self, error: Exception) -> None:
+        if not self._down:
+            log.warning(
+                "MLflow at %s cannot be written (%s): the run goes on, everything is kept in %s and sent later",
+                shown(self._upload.spec.uri),
+                reason(error, self._upload.spec.uri),
+                self._upload.log_path,
+            )
+        self._down = True
+
+
+def _texts(values: Mapping[str, Any] | None) -> dict[str, str]:
+    return {key: str(value) for key, value in (values or {}).items()}
+
+
+def _absolute(uri: str) -> str:
+    """A relative SQLite path is relative to a directory that a submitted job throws away."""
+    prefix, path = "sqlite:///", uri.removeprefix("sqlite:///")
+    return prefix + os.path.abspath(path) if uri.startswith(prefix) and path else uri
