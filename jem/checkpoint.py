@@ -65,7 +65,7 @@ class Manifest:
         return data
 
     def tensors(self, name: str) -> dict[str, Tensor]:
-        return parse_tensors(self.read(name))
+        return dict(parse_tensors(self.read(name)))
 
     def verify(self) -> None:
         """Read everything. Raises CheckpointError naming the first file that is not as it was written."""
@@ -140,7 +140,7 @@ def committed(root: Location) -> list[Location]:
 
 def newest_good(root: Location) -> tuple[Manifest | None, list[str]]:
     """The newest checkpoint whose every file is as it was written, and what is wrong with newer ones."""
-    faults = []
+    faults: list[str] = []
     for directory in committed(root):
         try:
             manifest = read_manifest(directory)

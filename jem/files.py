@@ -71,10 +71,10 @@ class Location:
         return Path(self.path)
 
     def exists(self) -> bool:
-        return self._info().type != pafs.FileType.NotFound
+        return bool(self._info().type != pafs.FileType.NotFound)
 
     def is_dir(self) -> bool:
-        return self._info().type == pafs.FileType.Directory
+        return bool(self._info().type == pafs.FileType.Directory)
 
     def size(self) -> int:
         return int(self._info().size)

@@ -52,4 +52,3 @@ def named(figures: dict[str, float], objective: ObjectiveConfig, learning_rate: 
     metrics["lost_chains"] = round(metrics["lost_chains"])
     dropped = () if objective.samples_needed else OF_SAMPLES
     return {f"train/{key}": value for key, value in metrics.items() if key not in dropped}
-

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 
 import torch
 from jaxtyping import Bool, Float
@@ -38,7 +37,7 @@ def learning_rate(config: OptimizerConfig, step: int) -> float:
     """
     warmup = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
     decays = sum(step >= at for at in config.decay_steps)
-    return config.learning_rate * warmup * config.decay_rate**decays  # type: ignore[no-any-return]
+    return config.learning_rate * warmup * float(config.decay_rate) ** decays
 
 
 @torch.no_grad()
@@ -71,7 +70,7 @@ def averaged_copy(network: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def update_average(average: nn.Module, network: nn.Module, decay: float) -> None:
-    """average <- decay * average + (1 - decay) * network; buffers are copied."""
+    """Average <- decay * average + (1 - decay) * network; buffers are copied."""
     torch._foreach_lerp_(list(average.parameters()), list(network.parameters()), 1 - decay)
     for mine, theirs in zip(average.buffers(), network.buffers(), strict=True):
         mine.copy_(theirs)
@@ -109,10 +108,9 @@ def optimizer_tensors(network: nn.Module, optimizer: torch.optim.Optimizer) -> d
 def load_optimizer_tensors(network: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
     """Put back what `optimizer_tensors` gave."""
     parameters = dict(network.named_parameters())
-    keyed = [(*name.split("/", 1), value) for name, value in tensors.items()]
-    for name, entries in itertools.groupby(sorted(keyed, key=lambda item: item[1]), key=lambda item: item[1]):
+    for path, value in tensors.items():
+        key, name = path.split("/", 1)
         parameter = parameters[name]
-        for key, _, value in entries:
-            # Adam's fused kernel wants its step counts in float32 on the parameter's device
-            dtype = torch.float32 if key == "step" else parameter.dtype
-            optimizer.state[parameter][key] = value.to(parameter.device, dtype)
+        # the fused kernels want step counts in float32, whatever the weights are in
+        dtype = torch.float32 if key == "step" else parameter.dtype
+        optimizer.state[parameter][key] = value.to(parameter.device, dtype)

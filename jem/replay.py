@@ -28,8 +28,16 @@ class Drawn(NamedTuple):
 
 
 def sample_prior(config: ReplayConfig, shape: tuple[int, ...], generator: torch.Generator) -> Float[Tensor, "n c h w"]:
-    """Where chains start: uniform on [-1, 1]."""
+    """Where chains start."""
+    return PRIORS[config.prior](shape, generator)
+
+
+def uniform(shape: tuple[int, ...], generator: torch.Generator) -> Float[Tensor, "n c h w"]:
+    """Each pixel uniform on [-1, 1]."""
     return torch.rand(shape, generator=generator, device=generator.device) * 2 - 1
+
+
+PRIORS = {"uniform": uniform}
 
 
 @dataclass

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import functools
 import hashlib
 import json
 import math
@@ -22,6 +21,7 @@ from typing import Any, TypeVar
 from jem.errors import ConfigError, Problem
 
 S = TypeVar("S", bound="Settings")
+_HINTS: dict[type, dict[str, Any]] = {}
 
 
 @dataclass(frozen=True)
@@ -139,18 +139,19 @@ def digest(values: Mapping[str, Any]) -> str:
 
 def describe(cls: type[Settings]) -> Iterator[tuple[str, str, str]]:
     """Yield (key, default or bounds in words, meaning) for every setting: the text of --help."""
-    for key, field, hint in _leaves(cls):
+    for key, field, _ in _leaves(cls):
         default = field.default
         if field.default_factory is not dataclasses.MISSING:
             default = field.default_factory()
         shown = "required" if default is dataclasses.MISSING else _show(default)
-        allowed = _allowed(hint, field)
+        allowed = _allowed(field)
         yield key, shown, field.metadata["doc"] + (f" [{allowed}]" if allowed else "")
 
 
-@functools.cache
 def _hints(cls: type) -> dict[str, Any]:
-    return typing.get_type_hints(cls)
+    if cls not in _HINTS:
+        _HINTS[cls] = typing.get_type_hints(cls)
+    return _HINTS[cls]
 
 
 def _is_group(hint: Any) -> bool:
@@ -282,7 +283,7 @@ def _bounds_in_words(bounds: Mapping[str, float]) -> str:
     return " and ".join(f"{words[name]} {_show(bound)}" for name, bound in bounds.items())
 
 
-def _allowed(hint: Any, field: dataclasses.Field[Any]) -> str:
+def _allowed(field: dataclasses.Field[Any]) -> str:
     if field.metadata.get("choices"):
         return " | ".join(field.metadata["choices"])
     return _bounds_in_words(field.metadata.get("bounds", {}))

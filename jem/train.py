@@ -122,16 +122,19 @@ def train_step(
     if logits.dtype != torch.float64:
         logits = logits.float()
     parts = logits.split([len(batch.images), len(samples.images), len(labelled)])
-    supervised = (parts[0], batch.labels) if batch.labelled_images is None else (parts[2], batch.labelled_labels)
+    logits_labelled, labels = parts[2], batch.labelled_labels
+    if batch.labelled_images is None:
+        logits_labelled, labels = parts[0], batch.labels
+    assert labels is not None
     counts = Counts(
         data=batch.n_global,
         samples=batch.n_global if state.replay else 0,
         labelled=batch.n_global if batch.labelled_images is None else batch.n_labelled_global,
     )
-    loss = jem_loss(parts[0], parts[1], *supervised, samples.labels, config.objective, counts)
+    loss = jem_loss(parts[0], parts[1], logits_labelled, labels, samples.labels, config.objective, counts)
 
     state.optimizer.zero_grad()
-    (loss.total * world.size).backward()
+    torch.autograd.backward(loss.total * world.size)
     rate = learning_rate(config.optimizer, state.step)
     grad_norm, skipped = guarded_update(state.optimizer, config.optimizer, rate)
     guard.settle(skipped, world.size)

@@ -9,14 +9,15 @@ python jobs/prepare.py --verify /data/digits
 from __future__ import annotations
 
 import argparse
-import json
 import signal
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this checkout, not an installed copy
 
-from orchestrator.prepare import command
+from orchestrator.command import run_command
+from orchestrator.prepare import prepare_or_verify
+from orchestrator.result import Result
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -25,7 +26,7 @@ def main(argv: list[str] | None = None) -> int:
         prog="prepare.py",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="exit codes: 0 done, 1 failed, 2 bad configuration or data (the data set is damaged, OUT is not empty)",
+        epilog="exit codes: 0 finished, 1 failed, 2 bad configuration or data (damaged, OUT not empty), 143 stopped",
     )
     parser.add_argument("source", metavar="SOURCE", nargs="?", help="a data.name, or the path of a folder of images")
     parser.add_argument("out", metavar="OUT", help="an empty or new folder, as a path or any URI that pyarrow knows")
@@ -34,14 +35,16 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_intermixed_args(argv)
     if arguments.verify == (arguments.source is not None):
         parser.error("--verify takes OUT alone" if arguments.verify else "SOURCE and OUT are both needed")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that partial files are removed
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # unwinds as Ctrl-C does: partial files are removed
     sys.path.append(str(Path.cwd()))  # package.module:function of the user's own
 
-    code, result = command(
-        arguments.source, arguments.out, arguments.changes, lambda line: print(line, file=sys.stderr)
-    )
-    print(json.dumps(result))
-    return code
+    def say(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    def work() -> Result:
+        return prepare_or_verify(arguments.source, arguments.out, arguments.changes, say)
+
+    return run_command(work)
 
 
 if __name__ == "__main__":

@@ -5,46 +5,36 @@ stdout is one JSON object. Exit codes: 0 done, 1 failed, 2 bad configuration or 
 4 diverged beyond recovery, 143 stopped with a checkpoint.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout wins over an installed copy
 
-from orchestrator.command import run_command
+from orchestrator.command import Parser, run_command
 from orchestrator.config import bundled_recipes, load_run_config
 from orchestrator.help import settings_help
 from orchestrator.result import Result
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="train.py",
-        description=__doc__,
-        epilog=settings_help(bundled_recipes()),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def train() -> Result:
+    parser = Parser(__doc__, settings_help(bundled_recipes()))
     parser.add_argument("recipe", help="a bundled recipe's name, or a YAML file")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="any setting below, by its dotted path")
     parser.add_argument("--dry-run", action="store_true", help="show what would run, and start nothing")
     parser.add_argument("--fresh", action="store_true", help="keep the old run as NAME.1 and start anew")
     arguments = parser.parse_intermixed_args()
+    config = load_run_config(arguments.recipe, arguments.settings)
+    if arguments.dry_run:
+        from orchestrator.plan import plan
 
-    def train() -> Result:
-        config = load_run_config(arguments.recipe, arguments.settings)
-        if arguments.dry_run:
-            from orchestrator.plan import plan
+        return plan(config)
+    from orchestrator.launch import launch
+    from orchestrator.result import show
 
-            return plan(config)
-        from orchestrator.launch import launch
-        from orchestrator.result import show
-
-        result = launch(config, arguments.fresh)
-        show(result)
-        return result
-
-    return run_command(train)
+    result = launch(config, arguments.fresh)
+    show(result)
+    return result
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(train))

@@ -2,21 +2,37 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
+import traceback
 from collections.abc import Callable
+from typing import NoReturn
 
-from jem.errors import JEMError
+from jem.errors import ConfigError, JEMError
 from orchestrator.result import Result
 
 
-def run_command(function: Callable[[], Result], name: str | None = None) -> int:
-    """Call `function`, end stdout with its result, and return the exit code; a JEMError is a result too."""
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors end as all others do, with the JSON line."""
+
+    def __init__(self, description: str | None, epilog: str = "") -> None:
+        super().__init__(description=description, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; see --help")
+
+
+def run_command(function: Callable[[], Result]) -> int:
+    """Call `function`, end stdout with its result, and return the exit code. An exception is a result too."""
     try:
         result = function()
     except JEMError as error:
-        result = Result(name=name, status=error.status, message=str(error))
+        result = Result(status=error.status, message=str(error))
     except KeyboardInterrupt:
-        result = Result(name=name, status="stopped", message="interrupted")
+        result = Result(status="stopped", message="interrupted")
+    except Exception as error:
+        traceback.print_exc()
+        result = Result(status="failed", message=f"{type(error).__name__}: {error}")
     if result.message:
         print(f"{result.status}: {result.message}", file=sys.stderr)
     sys.stderr.flush()

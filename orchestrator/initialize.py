@@ -43,7 +43,7 @@ def read_state_dict(location: Location) -> dict[str, Tensor]:
     if not location.exists():
         raise DataError(f"init_from: there is no {location.uri}; give a checkpoint directory, .safetensors or .pt")
     if location.name.endswith(".safetensors"):
-        return parse_tensors(location.read())
+        return dict(parse_tensors(location.read()))
     import io
 
     try:
@@ -63,5 +63,3 @@ def _same_chains(manifest: checkpoint.Manifest, state: TrainState) -> bool:
     has_chains = any(name.startswith("chains-") for name in manifest.files)
     same = config["replay.capacity"] == state.replay.config.capacity
     return has_chains and same and tuple(manifest.info["image_shape"]) == tuple(state.replay.chains.shape[1:])
-
-

@@ -7,13 +7,11 @@ import os
 import signal
 import socket
 import sys
-import tempfile
 import threading
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from pathlib import Path
+from contextlib import contextmanager
 from typing import Any
 
 from jem.errors import JEMError
@@ -26,7 +24,7 @@ from orchestrator.mirror import Mirror, spool_of
 from orchestrator.progress import Progress, follow
 from orchestrator.ray_cluster import start_ray, train_on_ray
 from orchestrator.registry import resolve_model
-from orchestrator.result import EXIT_CODES, Result
+from orchestrator.result import Result
 from orchestrator.runs import RunRecord, lock, open_record, storage_of, write_config
 from orchestrator.tracking import Uploader, default_uri
 
@@ -68,7 +66,7 @@ class Attempt:
             run_id=known,
             artifact_root=artifacts,
             params=config.science,
-            tags=facts() | {"attempts": self.number, "steps": config.steps, "storage": root.uri, "digest": record.digest},
+            tags=facts() | {"steps": config.steps, "folder": root.uri, "digest": record.digest},
             on_run=self._remember_run,
         )
         record.mlflow = {"uri": uri, "experiment": config.tracking.experiment, "run_id": known}
@@ -85,9 +83,8 @@ class Attempt:
         try:
             with self._progress(seen), self._signals():
                 outcome = self._train()
-        except BaseException as error:  # also Ctrl-C: the run is closed as what it is, then the error goes on
-            self._close(self._failed(error))
-            raise
+        except BaseException as error:  # the run is closed as what it is, whatever happened
+            outcome = self._failed(error)
         return self._close(outcome)
 
     def _train(self) -> dict[str, Any]:
@@ -108,7 +105,7 @@ class Attempt:
         def call() -> None:
             try:
                 box.append(function())
-            except BaseException as error:  # noqa: BLE001  # handed over to the main thread
+            except BaseException as error:  # handed over to the main thread
                 box.append(error)
 
         thread = threading.Thread(target=call, daemon=True, name="ray-train")
@@ -190,7 +187,9 @@ class Attempt:
             return {"status": error.status, "message": str(error)}
         if isinstance(error, KeyboardInterrupt):
             return {"status": "stopped", "message": "interrupted at once, without a new checkpoint"}
-        return {"status": "failed", "message": "".join(traceback.format_exception_only(error)).strip()}
+        traceback.print_exception(error)
+        lines = str(error).strip().splitlines() or [""]
+        return {"status": "failed", "message": f"{type(error).__name__}: {lines[0]}"}
 
     def _newest_picture(self) -> str | None:
         pictures = (self.root / "samples").children()

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import yaml
+from typing import TYPE_CHECKING
 
 from jem.config import DATA_SOURCES, DataConfig
 from jem.errors import ConfigError, JEMError, Problem
 from jem.settings import Entry, build
+from orchestrator.config import parse_arguments
+from orchestrator.result import Result
 
 if TYPE_CHECKING:
     from jem.data.manifest import Manifest
@@ -20,23 +21,23 @@ if TYPE_CHECKING:
 Say = Callable[[str], None]
 
 
-def command(source: str | None, out: str, changes: Iterable[str], say: Say) -> tuple[int, dict[str, Any]]:
-    """Prepare `source`, or verify `out` when there is none; (exit code, what the command's last line says)."""
-    result: dict[str, Any] = {"run_id": None, "name": None, "checkpoint": None, "step": None, "metrics": {}}
-    result |= {"status": "done", "data": out}
+@dataclass
+class Prepared(Result):
+    """`data` is where the data set lies: what `data.root` is for data.name=parquet."""
+
+    data: str = ""
+
+
+def prepare_or_verify(source: str | None, out: str, changes: Sequence[str], say: Say) -> Prepared:
+    """Prepare `source` at `out`, or verify `out` where there is no source; `say` is told of the progress."""
+    location = _location(out)
     try:
-        location = _location(out)
-        result["data"] = location.uri
         manifest = verify(location, say) if source is None else prepare(data_config(source, changes), location, say)
-    except JEMError as error:
-        say(f"error: {error}")
-        return error.exit_code, result | {"status": error.status}
-    except OSError as error:  # a full disk, a store that refuses: for the user to mend, so no traceback
-        say(f"error: {out}: {error}")
-        return 1, result | {"status": "failed"}
+    except OSError as error:  # a full disk, a store that refuses: for the user to mend
+        raise JEMError(f"{out}: {error}") from error
     for line in table(manifest):
         say(line)
-    return 0, result | {"name": manifest.name, "metrics": metrics(manifest)}
+    return Prepared(name=manifest.name, metrics=metrics(manifest), status="finished", data=location.uri)
 
 
 def prepare(config: DataConfig, location: Location, say: Say) -> Manifest:
@@ -58,28 +59,20 @@ def verify(location: Location, say: Say) -> Manifest:
     return parquet.verify(location, say)
 
 
-def data_config(source: str, changes: Iterable[str]) -> DataConfig:
+def data_config(source: str, changes: Sequence[str]) -> DataConfig:
     """SOURCE, a source's name or an image folder's path, and KEY=VALUE settings with or without `data.`."""
-    entries = {"name": Entry(source, "SOURCE", source)}
+    entries, problems = parse_arguments(changes)
+    entries = {key.removeprefix("data."): entry for key, entry in entries.items()}
+    entries["name"] = Entry(source, "SOURCE", source)
     if source not in DATA_SOURCES and (os.sep in source or Path(source).is_dir()):
-        entries = {"name": Entry("imagefolder"), "root": Entry(source, "SOURCE", source)}
-    problems = []
-    for change in changes:
-        key, equals, text = change.partition("=")
-        if not equals or not key:
-            problems.append(Problem("", f"{change!r} is not KEY=VALUE, such as image_size=32", "command line"))
-            continue
-        try:
-            entries[key.removeprefix("data.")] = Entry(yaml.safe_load(text), "command line", text)
-        except yaml.YAMLError:
-            problems.append(Problem(key, f"{text!r} cannot be read as a value", "command line"))
+        entries |= {"name": Entry("imagefolder"), "root": Entry(source, "SOURCE", source)}
+    try:
+        config = build(DataConfig, entries)
+    except ConfigError as error:
+        problems += [Problem(f"data.{p.key}" if p.key else "", p.message, p.origin) for p in error.problems]
     if problems:
         raise ConfigError(problems)
-    try:
-        return build(DataConfig, entries)
-    except ConfigError as error:
-        named = [Problem(f"data.{p.key}" if p.key else "", p.message, p.origin) for p in error.problems]
-        raise ConfigError(named) from error
+    return config
 
 
 def table(manifest: Manifest) -> list[str]:
@@ -92,7 +85,7 @@ def table(manifest: Manifest) -> list[str]:
     return [*lines, f"{manifest.name}: {len(manifest.classes)} classes, {shape} pixels, digest {manifest.digest[:16]}"]
 
 
-def metrics(manifest: Manifest) -> dict[str, int]:
+def metrics(manifest: Manifest) -> dict[str, float]:
     files = [file for part in manifest.splits.values() for file in part.files]
     counts = {f"{name}_images": part.rows for name, part in manifest.splits.items()}
     return {**counts, "classes": len(manifest.classes), "files": len(files), "bytes": sum(file.bytes for file in files)}

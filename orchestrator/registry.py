@@ -22,11 +22,10 @@ def resolve_model(source: str | None, root: Location, tracking_uri: str | None) 
     if not target.exists():
         import mlflow
 
+        server = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
         with tempfile.TemporaryDirectory() as folder:
             try:
-                found = mlflow.artifacts.download_artifacts(
-                    artifact_uri=source, dst_path=folder, tracking_uri=tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
-                )
+                found = mlflow.artifacts.download_artifacts(artifact_uri=source, dst_path=folder, tracking_uri=server)
             except Exception as error:  # MLflow raises whatever its store, driver or server does
                 reason = (str(error) or type(error).__name__).splitlines()[0]
                 raise DataError(f"init_from: {source} cannot be had from MLflow: {reason}") from error

@@ -9,6 +9,7 @@ from typing import Any
 
 EXIT_CODES = {
     "finished": 0,
+    "planned": 0,
     "failed": 1,
     "bad configuration": 2,
     "bad data": 2,

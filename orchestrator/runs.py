@@ -1,11 +1,11 @@
 """A run's folder: who it is, whether somebody is working on it, what came of it.
 
-    STORAGE/NAME/run.json        name -> MLflow run -> attempts -> result
-    STORAGE/NAME/lock            held by the driver that works on the run
-    STORAGE/NAME/recipe.yaml     the whole configuration
-    STORAGE/NAME/events.jsonl    the log
-    STORAGE/NAME/checkpoints/    ours;  STORAGE/NAME/ray/  Ray's pointers to them
-    STORAGE/NAME/samples/        pictures of the chains
+STORAGE/NAME/run.json        name -> MLflow run -> attempts -> result
+STORAGE/NAME/lock            held by the driver that works on the run
+STORAGE/NAME/recipe.yaml     the whole configuration
+STORAGE/NAME/events.jsonl    the log
+STORAGE/NAME/checkpoints/    ours;  STORAGE/NAME/ray/  Ray's pointers to them
+STORAGE/NAME/samples/        pictures of the chains
 """
 
 from __future__ import annotations
@@ -49,9 +49,7 @@ class RunRecord:
 def storage_of(config: RunConfig) -> Location:
     """Where all runs live. Raises ConfigError if it cannot be used from here."""
     path = config.storage_path
-    if "://" not in path and not os.path.isabs(os.path.expanduser(path)) and under_ray_job():
-        reason = "is relative, but a submitted job's directory is thrown away when it ends"
-        raise ConfigError([Problem("storage_path", f"{path!r} {reason}; give an absolute path or a URI such as s3://")])
+    planned_storage(config)
     try:
         storage = Location.of(path)
         storage.mkdir()
@@ -61,6 +59,17 @@ def storage_of(config: RunConfig) -> Location:
     except (OSError, ValueError) as error:
         raise ConfigError([Problem("storage_path", f"{path!r} cannot be written: {error}")]) from error
     return storage
+
+
+def planned_storage(config: RunConfig) -> str:
+    """Where the run's folder would be. Raises ConfigError for a relative path under a submitted job."""
+    path = config.storage_path
+    if "://" in path:
+        return f"{path.rstrip('/')}/{config.name}"
+    if not os.path.isabs(os.path.expanduser(path)) and under_ray_job():
+        reason = "is relative, but a submitted job's directory is thrown away when it ends"
+        raise ConfigError([Problem("storage_path", f"{path!r} {reason}; give an absolute path or a URI such as s3://")])
+    return os.path.join(os.path.abspath(os.path.expanduser(path)), str(config.name))
 
 
 def under_ray_job() -> bool:
@@ -175,7 +184,7 @@ def _alive(text: str) -> bool:
         holder = json.loads(text)
         if holder["host"] == socket.gethostname():
             process = psutil.Process(holder["pid"])
-            return abs(process.create_time() - holder["start"]) < 1
+            return bool(abs(process.create_time() - holder["start"]) < 1)
         return bool(time.time() - holder["time"] < 3 * HEARTBEAT_S)
     except (ValueError, KeyError, psutil.Error):
         return False
@@ -187,7 +196,8 @@ def _held(root: Location, text: str) -> ConfigError:
         who = f"pid {holder['pid']} on {holder['host']}"
     except (ValueError, KeyError):
         who = "another process"
-    return ConfigError(f"{root.uri}: {who} is working on this run; wait for it, stop it, or give this one another name=")
+    remedy = "wait for it, stop it, or give this run another name="
+    return ConfigError(f"{root.uri}: {who} is working on this run; {remedy}")
 
 
 def _aside(root: Location) -> Location:

@@ -6,6 +6,7 @@ gloo connects.
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,7 +19,6 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from jem import checkpoint
-from jem.config import JEMConfig
 from jem.data.batches import BatchSource
 from jem.data.sources import DataSet, load
 from jem.errors import CheckpointError, DivergedError, JEMError
@@ -32,9 +32,12 @@ from orchestrator.config import RunConfig
 from orchestrator.control import Control
 from orchestrator.events import EventLog
 from orchestrator.initialize import initialize_from
-from orchestrator.pictures import grid_png
+from orchestrator.pictures import by_class, grid_png
 
 T = TypeVar("T")
+
+POOL = 400
+"""Chains a picture is made of: enough that every class has ten."""
 
 Report = Callable[[dict[str, float], str], None]
 """Called on every rank with the latest metrics and the URI of a checkpoint that has just been committed."""
@@ -189,18 +192,28 @@ class Training:
         logits = frozen_logits(weights, self.config)
         figures = validate(logits, self.data.validation, self.config.evaluate, self.world, self.like)
         self.log_metrics({f"val/{key}": value for key, value in figures.items()})
-        rank = (figures["accuracy"], -figures["nll"])
-        if self.config.evaluate.final == "best" and (self.best is None or rank > (self.best["accuracy"], -self.best["nll"])):
+        if self.config.evaluate.final == "best" and (self.best is None or _better(figures, self.best)):
             tensors = {key: value.detach().cpu().clone() for key, value in weights.state_dict().items()}
             self.best = {"step": self.state.step, **figures, "weights": tensors}
         self.clock = (self.state.step, time.monotonic())  # the rate is that of training alone
 
     def draw_chains(self) -> None:
-        """A picture of 100 of rank 0's chains, as they stand."""
-        if self.state.replay is None or self.world.rank > 0:
+        """A picture of rank 0's chains as they stand, a row a class where there are at most ten."""
+        replay = self.state.replay
+        if replay is None or self.world.rank > 0:
             return
+        chains = replay.chains[:POOL]
+        if self.data.n_classes <= 10:
+            slots = torch.arange(len(chains), device=self.device)
+            logits = frozen_logits(self.state.network, self.config)
+            with torch.no_grad():
+                classes = replay.labels(slots) if self.config.sgld.conditional else logits(chains).argmax(dim=1)
+            chains = by_class(chains, classes, self.data.n_classes)
         path = f"samples/{self.state.step:08d}.png"
-        (self.job.root / path).write(grid_png(self.state.replay.chains[:100], columns=10))
+        picture = grid_png(chains[:100], columns=10)
+        (self.job.root / path).write(picture)
+        if not self.job.root.is_local:  # the uploader sends what lies beside the log
+            Location.of(self.job.log_path.parent / path).write(picture)
         self.event("image", step=self.state.step, key="samples", path=path)
 
     def evaluate(self) -> None:
@@ -246,11 +259,14 @@ class Training:
     def final_network(self) -> nn.Module:
         network = self.candidate()
         if self.final_weights == "best" and self.best is not None:
-            import copy
-
             network = copy.deepcopy(network)
             network.load_state_dict(self.best["weights"])
         return network
+
+
+def _better(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Higher validation accuracy, or the same and a lower NLL."""
+    return (one["accuracy"], -one["nll"]) > (other["accuracy"], -other["nll"])
 
 
 def find_checkpoint(root: Location) -> Location | None:
@@ -268,9 +284,7 @@ def data_parallel(network: nn.Module, world: World, device: torch.device) -> nn.
     if world.size == 1:
         return None
     devices = [device.index] if device.type == "cuda" else None
-    return DistributedDataParallel(
-        network, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
-    )
+    return DistributedDataParallel(network, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
 def together(world: World, function: Callable[[], T]) -> T:

@@ -14,7 +14,7 @@ from jem.errors import JEMError
 class Bins(NamedTuple):
     """Predictions by confidence, in float64; those of two parts of a data set add up to the whole's."""
 
-    count: Float[Tensor, " bins"]
+    counts: Float[Tensor, " bins"]
     confidence: Float[Tensor, " bins"]  # sum of confidences
     correct: Float[Tensor, " bins"]  # number of right predictions
 
@@ -40,5 +40,5 @@ def confidence_bins(logits: Float[Tensor, "n c"], labels: Int[Tensor, " n"], n_b
 
 
 def ece(bins: Bins) -> float:
-    """Expected calibration error: mean |accuracy - confidence| of the bins, weighted by their counts."""
-    return ((bins.correct - bins.confidence).abs().sum() / bins.count.sum()).item()
+    """Expected calibration error: mean |accuracy - confidence| of the bins, weighted by their sizes."""
+    return ((bins.correct - bins.confidence).abs().sum() / bins.counts.sum()).item()

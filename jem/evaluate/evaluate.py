@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from jem.config import EvaluateConfig
-from jem.data.batches import to_float
+from jem.data.augment import to_float
 from jem.data.sources import DataSet, Split
 from jem.energy import Logits
 from jem.evaluate import calibration, classification, ood

@@ -17,13 +17,13 @@ from jem.errors import JEMError
 
 
 def log_px(logits: Float[Tensor, "n c"]) -> Float[Tensor, " n"]:
-    """log p(x) up to the model's own constant: logsumexp_y f(x)[y]."""
+    """Log p(x) up to the model's own constant: logsumexp_y f(x)[y]."""
     return -energy(logits)
 
 
 def max_py(logits: Float[Tensor, "n c"]) -> Float[Tensor, " n"]:
     """max_y p(y|x), as its logarithm: float32 would round confident predictions to ties at 1."""
-    return logits.double().log_softmax(dim=1).max(dim=1).values
+    return logits.double().log_softmax(dim=1).amax(dim=1)
 
 
 def approx_mass(network: Logits, x: Float[Tensor, "n c h w"]) -> Float[Tensor, " n"]:
@@ -31,7 +31,8 @@ def approx_mass(network: Logits, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "
     with torch.enable_grad():
         x = x.detach().requires_grad_(True)
         (gradient,) = torch.autograd.grad(energy(network(x)).sum(), x)
-    return -gradient.flatten(1).norm(dim=1)
+    norm: Tensor = gradient.flatten(1).norm(dim=1)
+    return -norm
 
 
 def auroc(inside: Float[Tensor, " n"], outside: Float[Tensor, " m"]) -> float:

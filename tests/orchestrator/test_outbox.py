@@ -84,7 +84,9 @@ def test_every_attempt_is_visible_with_its_world_size():
 
 
 def test_files_and_tags_go_out_at_once():
-    sent = feed(Outbox(), event("artifact", path="a.csv"), event("tags", tags={"device": "cpu"}), event("note", text=""))
+    sent = feed(
+        Outbox(), event("artifact", path="a.csv"), event("tags", tags={"device": "cpu"}), event("note", text="")
+    )
     assert sent == [Artifact("a.csv"), Tags({"device": "cpu"})]
 
 

@@ -231,6 +231,25 @@ def test_points_that_a_crash_left_uncommitted_are_sent_only_as_run_again(store, 
     assert "rewritten" not in store.tags(run_id)
 
 
+def test_a_restart_remembers_what_waits_and_what_was_sent(store, run_dir, log):
+    train(log, 1, 10)
+    log.append("checkpoint", step=8)
+    first = upload(store, run_dir)
+    first.catch_up()
+    assert store.steps(first.run_id) == list(range(1, 9))
+    log.append("checkpoint", step=10)
+    second = upload(store, run_dir)
+    second.catch_up()
+    assert store.steps(first.run_id) == list(range(1, 11))
+    log.append("attempt", attempt=2, step=3)
+    train(log, 4, 12)
+    log.append("checkpoint", step=12)
+    third = upload(store, run_dir)
+    third.catch_up()
+    assert store.steps(first.run_id) == list(range(1, 13))
+    assert store.tags(first.run_id)["rewritten"] == "4-10"
+
+
 def test_a_rollback_behind_sent_points_leaves_them_and_says_so(store, run_dir, log):
     train(log, 1, 10)
     log.append("checkpoint", step=10)

@@ -1,0 +1,107 @@
+"""What a run would be, without running it: --dry-run. No Ray, no data, no training."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from jem.data.catalog import DataSpec, describe
+from jem.models import make_network
+from jem.train import dtype_of
+from orchestrator.config import RunConfig, to_yaml
+from orchestrator.result import Result
+from orchestrator.runs import planned_storage
+
+
+def plan(config: RunConfig) -> Result:
+    """Print the resolved configuration and what it costs; the same figures as a Result."""
+    spec = describe(config.data)
+    print(to_yaml(config))
+    rows = [("name", config.name or ""), ("folder", planned_storage(config)), ("data", spec.where)]
+    metrics: dict[str, float] = {}
+    if spec.image_shape is None or spec.n_classes is None:
+        rows.append(("network", "unknown until the data are there: their image shape or classes are not known yet"))
+    else:
+        figures, metrics = _network(config, spec)
+        rows += figures
+    width = max(len(label) for label, _ in rows)
+    for label, text in rows:
+        print(f"{label:<{width}}  {text}")
+    return Result(name=config.name, step=0, metrics=metrics, status="planned")
+
+
+def _network(config: RunConfig, spec: DataSpec) -> tuple[list[tuple[str, str]], dict[str, float]]:
+    assert spec.image_shape is not None
+    assert spec.n_classes is not None
+    with torch.device("meta"):
+        network = make_network(config.model, spec.image_shape, spec.n_classes)
+    forward, activations = forward_cost(network, spec.image_shape)
+    parameters = sum(p.numel() for p in network.parameters())
+    width = torch.finfo(dtype_of(config)).bits // 8
+    copies = 2 + (2 if config.optimizer.name == "adam" else 1) + (config.optimizer.ema_decay > 0)
+    samples = config.objective.samples_needed
+    share = -(-config.batch_size // config.workers)
+    chains = -(-config.replay.capacity // config.workers) if samples else 0
+    pixels = torch.Size(spec.image_shape).numel()
+    images = sum((spec.sizes or {}).values())
+    metrics = {
+        "parameters": float(parameters),
+        "flop_per_image": float(forward),
+        "flop_per_step": float(forward * passes(config) * config.batch_size),
+        "times_a_classifier": passes(config) / passes_of_classifier(config),
+        "weights_bytes": float(parameters * width * copies),
+        "replay_bytes_per_worker": float(chains * pixels * width),
+        "activations_bytes_per_worker": float(activations * width * share * (1 + samples)),
+        "data_bytes_per_worker": float(images * pixels),
+    }
+    mib = {key: f"{value / 2**20:,.1f} MiB" for key, value in metrics.items() if "bytes" in key}
+    classes = f"{spec.n_classes} classes"
+    splits = ", ".join(f"{name} {count:,}" for name, count in (spec.sizes or {}).items())
+    rows = [
+        ("images", f"{' x '.join(map(str, spec.image_shape))}, {classes}" + (f", {splits}" if splits else "")),
+        ("parameters", f"{parameters:,}"),
+        ("a step", f"{metrics['flop_per_step'] / 1e9:,.2f} GFLOP, {metrics['times_a_classifier']:.1f} x a classifier"),
+        (
+            "memory, each worker",
+            f"weights, gradients, moments {mib['weights_bytes']}; "
+            f"chains {mib['replay_bytes_per_worker']}; activations about {mib['activations_bytes_per_worker']}; "
+            f"data {mib['data_bytes_per_worker']}",
+        ),
+    ]
+    return rows, metrics
+
+
+def passes(config: RunConfig) -> float:
+    """The cost of a step in forward passes of the batch: 2 an SGLD step, 3 a training pass."""
+    labelled = 0.0
+    if config.data.labels_per_class is not None:
+        labelled = (config.data.labelled_batch_size or config.batch_size) / config.batch_size
+    samples = 2 * config.sgld.steps + 3 if config.objective.samples_needed else 0
+    return 3 + 3 * labelled + samples
+
+
+def passes_of_classifier(config: RunConfig) -> float:
+    """The same for a classifier on the images that have labels."""
+    if config.data.labels_per_class is None:
+        return 3.0
+    return 3 * (config.data.labelled_batch_size or config.batch_size) / config.batch_size
+
+
+def forward_cost(network: nn.Module, image_shape: tuple[int, int, int]) -> tuple[int, int]:
+    """FLOP of one image's forward pass, and the numbers that its layers' outputs hold; nothing is computed."""
+    held = 0
+
+    def count(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        nonlocal held
+        held += output.numel()
+
+    handles = [m.register_forward_hook(count) for m in network.modules() if not list(m.children())]
+    counter = FlopCounterMode(display=False)
+    with counter, torch.no_grad():
+        network.eval()(torch.zeros(1, *image_shape, device="meta"))
+    for handle in handles:
+        handle.remove()
+    return counter.get_total_flops(), held

@@ -1,0 +1,23 @@
+"""For all tests: the shapes in annotations are executed, and torch has one thread."""
+
+import sys
+from pathlib import Path
+
+import pytest
+from jaxtyping import install_import_hook
+
+# tests/ comes first on the path, and tests/jem would be taken for the package; so the root goes before it.
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+TENSOR_MODULES = ("energy", "sgld", "replay", "objective", "models", "optim", "train", "meter", "world", "evaluate")
+# Before any of them is imported. From here on a tensor of the wrong shape raises.
+install_import_hook([f"jem.{name}" for name in TENSOR_MODULES], "beartype.beartype")
+
+import torch  # noqa: E402
+
+torch.set_num_threads(1)  # small tensors, and other tests beside these
+
+
+@pytest.fixture
+def generator():
+    return torch.Generator().manual_seed(0)
