@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
 from jem.errors import ConfigError, JEMError
 from orchestrator.result import Result
+
+RAY_THREAD = "ray-train"
+"""The thread that waits for Ray Train."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -37,4 +42,6 @@ def run_command(function: Callable[[], Result]) -> int:
         print(f"{result.status}: {result.message}", file=sys.stderr)
     sys.stderr.flush()
     print(result.json(), flush=True)
+    if any(thread.name == RAY_THREAD and thread.is_alive() for thread in threading.enumerate()):
+        os._exit(result.exit_code)  # it waits for workers that are gone, and would make the interpreter abort
     return result.exit_code

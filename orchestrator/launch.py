@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import signal
 import socket
-import sys
 import threading
 import time
 import traceback
@@ -16,8 +14,9 @@ from typing import Any
 
 from jem.errors import JEMError
 from jem.files import Location
-from orchestrator import control
+from orchestrator.command import RAY_THREAD
 from orchestrator.config import RunConfig
+from orchestrator.control import clear_request
 from orchestrator.events import EventLog
 from orchestrator.facts import facts
 from orchestrator.mirror import Mirror, spool_of
@@ -26,6 +25,7 @@ from orchestrator.ray_cluster import start_ray, train_on_ray
 from orchestrator.registry import resolve_model
 from orchestrator.result import Result
 from orchestrator.runs import RunRecord, lock, open_record, storage_of, write_config
+from orchestrator.signals import StopSignals
 from orchestrator.tracking import Uploader, default_uri
 
 STOP_PATIENCE_S = 25.0
@@ -55,7 +55,6 @@ class Attempt:
         self.folder = root.local if root.is_local else spool_of(root)
         self.log_path = self.folder / "events.jsonl"
         self.saving = threading.Lock()
-        self.stopping = False
         known = record.mlflow.get("run_id") if record.mlflow.get("uri") == uri else None
         self.uploader = Uploader(
             log_path=self.log_path,
@@ -76,12 +75,12 @@ class Attempt:
         self.record.attempts.append(entry | {"workers": self.config.workers})
         self.record.status = "running"
         self._save()
-        control.clear_request(self.root)
+        clear_request(self.root)
         seen = self.log_path.stat().st_size if self.log_path.exists() else 0
         EventLog(self.log_path).close()
         self.uploader.start()
         try:
-            with self._progress(seen), self._signals():
+            with self._progress(seen), StopSignals(self.root) as self.signals:
                 outcome = self._train()
         except BaseException as error:  # the run is closed as what it is, whatever happened
             outcome = self._failed(error)
@@ -91,6 +90,9 @@ class Attempt:
         """Ray up, all steps, Ray down; what the workers say of it."""
         init_from = resolve_model(self.config.init_from, self.root, self.config.tracking.uri)
         with start_ray(self.config) as cluster, Mirror(self.root, self.log_path, needed=not cluster.private):
+            self.signals.listen()  # again: ray.init has put handlers of its own there
+            if self.signals.stopping:
+                return {"status": "stopped", "message": "stopped before training began"}
             return self._in_thread(
                 lambda: train_on_ray(self.config, self.root, self.log_path, self.number, init_from, cluster)
             )
@@ -108,39 +110,18 @@ class Attempt:
             except BaseException as error:  # handed over to the main thread
                 box.append(error)
 
-        thread = threading.Thread(target=call, daemon=True, name="ray-train")
+        thread = threading.Thread(target=call, daemon=True, name=RAY_THREAD)
         thread.start()
         deadline = None
         while thread.is_alive():
             thread.join(0.2)
-            if self.stopping and deadline is None:
+            if self.signals.stopping and deadline is None:
                 deadline = time.monotonic() + STOP_PATIENCE_S
             if deadline is not None and time.monotonic() > deadline:
                 return {"status": "stopped", "message": "stopped before the workers could write a checkpoint"}
         if isinstance(box[0], BaseException):
             raise box[0]
         return box[0]  # type: ignore[no-any-return]
-
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        """SIGTERM and Ctrl-C ask the workers for a checkpoint at a step they agree on."""
-
-        def stop(number: int, _frame: Any) -> None:
-            if self.stopping and number == signal.SIGINT:
-                raise KeyboardInterrupt
-            self.stopping = True
-            control.request_stop(self.root)
-            print("stopping: a checkpoint first (Ctrl-C again: at once)", file=sys.stderr)
-
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
     @contextmanager
     def _progress(self, seen: int) -> Iterator[None]:
