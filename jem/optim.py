@@ -69,9 +69,10 @@ def averaged_copy(network: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
-def update_average(average: nn.Module, network: nn.Module, decay: float) -> None:
-    """Average <- decay * average + (1 - decay) * network; buffers are copied."""
-    torch._foreach_lerp_(list(average.parameters()), list(network.parameters()), 1 - decay)
+def update_average(average: nn.Module, network: nn.Module, decay: float, skipped: Bool[Tensor, ""]) -> None:
+    """Average <- decay * average + (1 - decay) * network, unless the update was skipped; buffers are copied."""
+    for mine, theirs in zip(average.parameters(), network.parameters(), strict=True):
+        mine.lerp_(theirs, (1 - decay) * (~skipped).to(mine.dtype))
     for mine, theirs in zip(average.buffers(), network.buffers(), strict=True):
         mine.copy_(theirs)
 
@@ -79,20 +80,20 @@ def update_average(average: nn.Module, network: nn.Module, decay: float) -> None
 class BufferGuard:
     """Keeps a network's buffers (batch norm's running statistics) finite, and equal on every rank.
 
-    A skipped update takes them back to where they were before its forward pass.
+    A skipped update takes them back to where they were before its forward pass; so does an overflow.
     """
 
     def __init__(self, network: nn.Module) -> None:
-        self.buffers = [b for b in network.buffers() if b.is_floating_point()]
+        self.buffers = list(network.buffers())
         self.before = [b.clone() for b in self.buffers]
 
     @torch.no_grad()
     def settle(self, skipped: Bool[Tensor, ""], size: int) -> None:
         for buffer, before in zip(self.buffers, self.before, strict=True):
-            if size > 1:
+            if size > 1 and buffer.is_floating_point():
                 torch.distributed.all_reduce(buffer)
                 buffer /= size
-            buffer.copy_(torch.where(skipped, before, buffer))
+            buffer.copy_(torch.where(skipped | ~buffer.isfinite(), before, buffer))
 
 
 def optimizer_tensors(network: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -106,7 +107,8 @@ def optimizer_tensors(network: nn.Module, optimizer: torch.optim.Optimizer) -> d
 
 
 def load_optimizer_tensors(network: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Put back what `optimizer_tensors` gave."""
+    """Put back what `optimizer_tensors` gave; nothing of what the optimiser held before is left."""
+    optimizer.state.clear()
     parameters = dict(network.named_parameters())
     for path, value in tensors.items():
         key, name = path.split("/", 1)

@@ -139,7 +139,7 @@ def train_step(
     grad_norm, skipped = guarded_update(state.optimizer, config.optimizer, rate)
     guard.settle(skipped, world.size)
     if state.average is not None:
-        update_average(state.average, network, config.optimizer.ema_decay)
+        update_average(state.average, network, config.optimizer.ema_decay, skipped)
     state.step += 1
     return StepInfo(
         loss._replace(total=loss.total.detach()),

@@ -14,7 +14,7 @@ LOOK_EVERY_S = 1.0
 
 
 def request_stop(root: Location) -> None:
-    (root / "stop").write(b"")
+    (root / "stop").write(b"1")
 
 
 def clear_request(root: Location) -> None:

@@ -54,7 +54,7 @@ def storage_of(config: RunConfig) -> Location:
         storage = Location.of(path)
         storage.mkdir()
         probe = storage / f".writable-{socket.gethostname()}-{os.getpid()}"
-        probe.write(b"")
+        probe.write(b"1")
         probe.remove()
     except (OSError, ValueError) as error:
         raise ConfigError([Problem("storage_path", f"{path!r} cannot be written: {error}")]) from error

@@ -116,6 +116,7 @@ class Training:
     def run(self) -> dict[str, Any]:
         config, state = self.config, self.state
         self.event("attempt", attempt=self.job.attempt, step=state.step, workers=self.world.size)
+        self.event("tags", tags=self.tags)
         wrapped = data_parallel(state.network, self.world, self.device)
         control = Control(self.world, self.job.root, self.device)
         self.clock = (state.step, time.monotonic())
@@ -238,6 +239,19 @@ class Training:
             "metrics": self.metrics,
             "weights": self.final_weights,
             "message": message,
+        }
+
+    @property
+    def tags(self) -> dict[str, str]:
+        """What only a worker knows of where it runs, and on which data."""
+        gpu = self.device.type == "cuda"
+        sizes = {f"data.{name}": str(len(split)) for name, split in self.data.splits.items()}
+        return {
+            "workers": str(self.world.size),
+            "device": torch.cuda.get_device_name(self.device) if gpu else "cpu",
+            "threads": str(torch.get_num_threads()),
+            "data.digest": self.data.digest,
+            **sizes,
         }
 
     @property

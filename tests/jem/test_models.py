@@ -87,7 +87,7 @@ def test_small_conv_halves_the_side_where_channels_grow_and_8_or_more_are_left(c
 def test_leaky_relu_has_slope_0_2_and_silu_is_x_times_the_sigmoid(name, activation, expected):
     network = make_network(ModelConfig(name=name, depth=10, width=1, activation=activation), (1, 8, 8), 3)
     found = [m for m in network.modules() if isinstance(m, (nn.LeakyReLU, nn.SiLU))]
-    assert len(found) == (4 if name == "small_conv" else 4)
+    assert len(found) == 4
     for module in found:
         assert module(torch.tensor([-2.0, 3.0])).tolist() == pytest.approx(expected)
 

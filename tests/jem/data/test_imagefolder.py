@@ -1,0 +1,97 @@
+import image_fakes as fakes
+import pytest
+import torch
+from PIL import Image
+
+from jem.config import DataConfig
+from jem.data.sources import describe, load
+from jem.errors import DataError
+
+
+def config(root, **changes):
+    return DataConfig(name="imagefolder", root=str(root), image_size=changes.pop("image_size", 8), **changes)
+
+
+def sizes(data):
+    return {name: len(split) for name, split in data.splits.items()}
+
+
+@pytest.mark.parametrize("validation", ["validation", "val"])
+def test_a_folder_with_its_own_splits_keeps_them(tmp_path, validation):
+    layout = {"train": 6, validation: 3, "test": 2}
+    fakes.folder(tmp_path, {f"{split}/{c}": n for split, n in layout.items() for c in ("cat", "dog")})
+    data = load(config(tmp_path))
+    assert sizes(data) == {"train": 12, "validation": 6, "test": 4}
+    assert data.classes == ("cat", "dog")
+    assert data.test.labels.tolist() == [0, 0, 1, 1]
+    assert data.test.images[:, 0, 0, 0].tolist() == [0, 1, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("layout", "expected"),
+    [
+        ({"a": 50, "b": 50}, {"train": 72, "validation": 8, "test": 20}),
+        ({"train/a": 50, "train/b": 50}, {"train": 72, "validation": 8, "test": 20}),
+        ({"train/a": 50, "train/b": 50, "test/a": 3, "test/b": 3}, {"train": 90, "validation": 10, "test": 6}),
+    ],
+)
+def test_missing_splits_are_carved_and_described_as_such(tmp_path, layout, expected):
+    fakes.folder(tmp_path, layout)
+    data = load(config(tmp_path))
+    assert sizes(data) == expected == describe(config(tmp_path)).sizes
+    assert describe(config(tmp_path)).n_classes == 2
+    assert data.train.labels.bincount().tolist() == [expected["train"] // 2] * 2
+
+
+def test_nested_files_count_and_hidden_or_foreign_ones_do_not(tmp_path):
+    fakes.folder(tmp_path, {"train/a": 2, "train/a/more": 2, "train/b": 4, "train/.cache": 1, "test/a": 1, "test/b": 1})
+    (tmp_path / "train" / "a" / "notes.txt").write_text("no image")
+    (tmp_path / "train" / "a" / "._000.png").write_text("no image")
+    assert sizes(load(config(tmp_path, validation_size=2))) == {"train": 6, "validation": 2, "test": 2}
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "P", "1"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_every_kind_of_picture_becomes_the_channels_asked_for(tmp_path, mode, channels):
+    fakes.folder(tmp_path, {"a": 5, "b": 5})
+    Image.new("L", (20, 10), 255).convert(mode).save(tmp_path / "b" / "000.png")
+    data = load(config(tmp_path, channels=channels, image_size=4))
+    assert data.image_shape == (channels, 4, 4)
+    assert max(int(split.images.max()) for split in data.splits.values()) == 255
+
+
+def test_an_oblong_image_keeps_its_proportions(tmp_path):
+    fakes.folder(tmp_path, {"train/a": 3, "train/b": 3, "test/a": 1, "test/b": 1})
+    picture = Image.new("RGB", (30, 10), (255, 0, 0))
+    picture.paste((0, 255, 0), (10, 0, 20, 10))
+    picture.save(tmp_path / "test" / "a" / "000.png")
+    image = load(config(tmp_path, image_size=6), ("test",)).test.images[0]
+    assert torch.equal(image, torch.tensor([0, 255, 0], dtype=torch.uint8)[:, None, None].expand(3, 6, 6))
+
+
+@pytest.mark.parametrize(
+    ("layout", "message"),
+    [
+        ({}, "has 0 class folders, two are needed"),
+        ({"a": 3}, "has 1 class folders"),
+        ({"a": 3, "b": 0}, r"b: holds no image"),
+        ({"train/a": 3, "train/b": 3, "test/a": 3}, r"test: has other classes than train: b"),
+    ],
+)
+def test_a_layout_that_cannot_be_used_is_named(tmp_path, layout, message):
+    fakes.folder(tmp_path, layout)
+    with pytest.raises(DataError, match=message):
+        load(config(tmp_path))
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(DataError, match=r"nowhere: there is no such folder; data.root names"):
+        load(config(tmp_path / "nowhere"))
+    assert describe(config(tmp_path / "nowhere")).where == f"{tmp_path}/nowhere (missing)"
+
+
+def test_a_damaged_picture_is_named(tmp_path):
+    fakes.folder(tmp_path, {"a": 5, "b": 5})
+    (tmp_path / "b" / "003.png").write_bytes(b"\x89PNG nonsense")
+    with pytest.raises(DataError, match=r"b/003.png: is not a readable image: .*; replace or delete the file"):
+        load(config(tmp_path))
