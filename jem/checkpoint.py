@@ -111,7 +111,7 @@ def save(
             "files": {name: entry for record in records for name, entry in record.items()},
             "info": dict(info),
         }
-        (directory / MANIFEST).write(_json(manifest))
+        (directory / MANIFEST).write(_sealed(manifest))
         for rank in range(world.size):
             (directory / _part_record(rank, world.size)).remove()
     world.barrier()
@@ -121,9 +121,13 @@ def read_manifest(directory: Location) -> Manifest:
     """The manifest of a checkpoint directory. Raises CheckpointError if there is none or it is damaged."""
     path = directory / MANIFEST
     try:
-        content = json.loads(path.read())
+        data = path.read()
+        content = json.loads(data)
         if content["schema"] != SCHEMA:
             raise CheckpointError(f"{path.uri}: schema {content['schema']}, this version reads {SCHEMA}")
+        del content["sha256"]
+        if _sealed(content) != data:
+            raise CheckpointError(f"{path.uri}: damaged (its contents are not what was written)")
         fields = ("step", "world_size", "world_epoch", "device", "files", "info")
         return Manifest(directory, *(content[field] for field in fields))
     except FileNotFoundError as error:
@@ -241,6 +245,8 @@ def _parts(
 def _non_finite(state: TrainState) -> str | None:
     """The name of a tensor that holds NaN or infinity."""
     tensors = dict(state.network.state_dict())
+    if state.average is not None:
+        tensors |= {f"the average's {name}": value for name, value in state.average.state_dict().items()}
     if state.replay is not None:
         tensors["the replay buffer"] = state.replay.chains
     floats = ((name, t) for name, t in tensors.items() if t.is_floating_point())
@@ -253,6 +259,11 @@ def _pack(tensors: Mapping[str, Tensor]) -> bytes:
 
 def _json(content: Any) -> bytes:
     return json.dumps(content, indent=1).encode()
+
+
+def _sealed(content: Mapping[str, Any]) -> bytes:
+    """JSON that ends with a digest of itself: nothing else vouches for the manifest."""
+    return _json({**content, "sha256": hashlib.sha256(_json(content)).hexdigest()})
 
 
 def _rank_file(rank: int, size: int) -> str:

@@ -71,8 +71,8 @@ def averaged_copy(network: nn.Module) -> nn.Module:
 @torch.no_grad()
 def update_average(average: nn.Module, network: nn.Module, decay: float, skipped: Bool[Tensor, ""]) -> None:
     """Average <- decay * average + (1 - decay) * network, unless the update was skipped; buffers are copied."""
-    for mine, theirs in zip(average.parameters(), network.parameters(), strict=True):
-        mine.lerp_(theirs, (1 - decay) * (~skipped).to(mine.dtype))
+    for averaged, weight in zip(average.parameters(), network.parameters(), strict=True):
+        averaged.lerp_(weight, (1 - decay) * (~skipped).to(weight.dtype))
     for mine, theirs in zip(average.buffers(), network.buffers(), strict=True):
         mine.copy_(theirs)
 

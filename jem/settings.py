@@ -176,9 +176,17 @@ def _spread(cls: type[Settings], entries: Mapping[str, Entry]) -> dict[str, Entr
         if home is None:
             spread[key] = entry
             continue
-        merged = dict(spread[home].value) if home in spread else {}
-        spread[home] = Entry(merged | {key[len(home) + 1 :]: entry.value}, entry.origin)
+        merged = spread[home].value if home in spread else {}
+        spread[home] = Entry(_with(merged, key[len(home) + 1 :].split("."), entry.value), entry.origin)
     return spread
+
+
+def _with(mapping: Any, path: list[str], value: Any) -> Any:
+    """`mapping` with the value at `path` changed, and mappings made on the way there."""
+    if not path:
+        return value
+    kept = dict(mapping) if isinstance(mapping, Mapping) else {}
+    return kept | {path[0]: _with(kept.get(path[0]), path[1:], value)}
 
 
 def _assemble(cls: type[S], values: Mapping[str, Any], prefix: str) -> tuple[S | None, list[tuple[str, str]]]:
@@ -188,9 +196,10 @@ def _assemble(cls: type[S], values: Mapping[str, Any], prefix: str) -> tuple[S |
     for field in dataclasses.fields(cls):  # type: ignore[arg-type]
         key, hint = f"{prefix}{field.name}", _hints(cls)[field.name]
         if _is_group(hint):
-            arguments[field.name], below = _assemble(hint, values, f"{key}.")
-            conflicts += below
-            complete &= arguments[field.name] is not None
+            below, found = _assemble(hint, values, f"{key}.")
+            conflicts += found
+            if below is not None:  # else its defaults, so that conflicts elsewhere are found too
+                arguments[field.name] = below
         elif key in values:
             arguments[field.name] = values[key]
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
@@ -245,6 +254,10 @@ def _convert(hint: Any, value: Any, raw: str | None) -> Any:
     if typing.get_origin(hint) is dict:
         if not isinstance(value, Mapping):
             raise ValueError(f"is {_show(value)}, a mapping was expected")
+        try:
+            json.dumps(dict(value), sort_keys=True)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"is {value}, must be of numbers, text, lists and mappings ({error})") from None
         return dict(value)
     if hint is str and raw is not None:
         return raw
@@ -271,6 +284,8 @@ def _number(text: str) -> float:
 
 
 def _did_you_mean(key: str, known: Mapping[str, Any]) -> str:
+    if any(k.startswith(f"{key}.") for k in known):
+        return f": a group, of which {key}.SETTING=... sets one; --help lists them"
     close = difflib.get_close_matches(key, known, 1, 0.6)
     if not close:  # the right field under the wrong group, or without its group
         last = key.rsplit(".", 1)[-1]

@@ -23,6 +23,7 @@ def train() -> Result:
     parser.add_argument("--dry-run", action="store_true", help="show what would run, and start nothing")
     parser.add_argument("--fresh", action="store_true", help="keep the old run as NAME.1 and start anew")
     arguments = parser.parse_intermixed_args()
+    sys.path.append(str(Path.cwd()))  # package.module:function of the user's own
     config = load_run_config(arguments.recipe, arguments.settings)
     if arguments.dry_run:
         from orchestrator.plan import plan

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,9 @@ from jem.errors import ConfigError, Problem
 from jem.settings import Entry, Settings, build, digest, flatten, group, setting
 
 RECIPES = Path(__file__).resolve().parents[1] / "jobs" / "recipes"
+
+PATHS = ("init_from", "data.root")
+"""Settings that are a local path, or a URI such as s3://... or models:/..."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,11 +92,12 @@ def load_run_config(recipe: str, arguments: Sequence[str]) -> RunConfig:
     """The configuration of RECIPE and `key=value` arguments, named; every mistake in one ConfigError."""
     changes, problems = parse_arguments(arguments)
     try:
-        entries = read_recipe(recipe) | changes
-    except ConfigError as error:
+        entries = read_recipe(recipe, problems) | changes
+    except ConfigError as error:  # there is no recipe to read: what was typed is checked alone
+        problems += [problem for problem in _mistakes(changes) if problem.origin]
         raise ConfigError([*error.problems, *problems]) from None
     try:
-        config = build(RunConfig, entries)
+        config = build(RunConfig, {key: _anchored(key, entry) for key, entry in entries.items()})
     except ConfigError as error:
         raise ConfigError([*problems, *error.problems]) from None
     if problems:
@@ -106,12 +111,13 @@ def bundled_recipes() -> list[str]:
     return sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 
-def read_recipe(recipe: str) -> dict[str, Entry]:
+def read_recipe(recipe: str, problems: list[Problem]) -> dict[str, Entry]:
     """The settings of a bundled recipe or a YAML file, dotted, with the line each was written on.
 
-    `base: NAME` starts from another recipe: a bundled one, or a path relative to this file.
+    `base: NAME` starts from another recipe: a bundled one, or a path relative to this file. Entries that
+    cannot be used are left out and added to `problems`; a ConfigError says that there is no recipe to read.
     """
-    return _read(_find(recipe, None), ())
+    return _read(_find(recipe, None), (), problems)
 
 
 def parse_arguments(arguments: Sequence[str]) -> tuple[dict[str, Entry], list[Problem]]:
@@ -125,7 +131,7 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[dict[str, Entry], list[Pr
             continue
         try:
             entries[key] = Entry(yaml.safe_load(text) if text else "", origin, raw=text)
-        except yaml.YAMLError:
+        except (yaml.YAMLError, ValueError):  # a ValueError for a date such as 2026-13-01
             problems.append(Problem(key, f"is {text!r}, which is not a YAML value", origin))
     return entries, problems
 
@@ -151,12 +157,12 @@ def _find(recipe: str, beside: Path | None) -> Path:
         return path
     names = bundled_recipes()
     close = difflib.get_close_matches(recipe, names, 1)
-    hint = f"; did you mean {close[0]!r}?" if close else ""
+    hint = f"; did you mean {close[0]!r}?" if close else "."
     raise ConfigError([Problem("", f"no recipe {recipe!r}{hint} Bundled: {', '.join(names)}; or give a .yaml file")])
 
 
-def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Entry]:
-    if path in seen:
+def _read(path: Path, seen: tuple[Path, ...], problems: list[Problem]) -> dict[str, Entry]:
+    if path.resolve() in seen:
         raise ConfigError([Problem("base", "the recipes inherit from each other in a circle", str(path))])
     try:
         root = yaml.compose(path.read_text(), Loader=yaml.SafeLoader)
@@ -170,27 +176,53 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Entry]:
     if not isinstance(root, yaml.MappingNode):
         raise ConfigError([Problem("", "a recipe is a mapping of settings", f"{path}:{root.start_mark.line + 1}")])
     entries: dict[str, Entry] = {}
-    _walk(root, "", path, entries)
+    _walk(root, "", path, entries, problems)
     base = entries.pop("base", None)
     if base is None:
         return entries
-    return _read(_find(str(base.value), path), (*seen, path)) | entries
+    try:
+        inherited = _find(str(base.value), path)
+    except ConfigError as error:
+        raise ConfigError([Problem("base", p.message, base.origin) for p in error.problems]) from None
+    return _read(inherited, (*seen, path.resolve()), problems) | entries
 
 
-def _walk(node: yaml.MappingNode, prefix: str, path: Path, entries: dict[str, Entry]) -> None:
+def _walk(node: yaml.MappingNode, prefix: str, path: Path, entries: dict[str, Entry], problems: list[Problem]) -> None:
     groups = {f.name for f in dataclasses.fields(RunConfig) if isinstance(f.default_factory, type)}
     for key_node, value_node in node.value:
         key = f"{prefix}{key_node.value}"
         origin = f"{path}:{key_node.start_mark.line + 1}"
         if key in entries:
-            raise ConfigError([Problem(key, f"is given twice, first at {entries[key].origin}", origin)])
-        if isinstance(value_node, yaml.MappingNode):
-            _walk(value_node, f"{key}.", path, entries)
+            problems.append(Problem(key, f"is given twice, first at {entries[key].origin}", origin))
+        elif isinstance(value_node, yaml.MappingNode):
+            _walk(value_node, f"{key}.", path, entries, problems)
         elif key in groups:
-            raise ConfigError([Problem(key, "is a group of settings, a mapping was expected", origin)])
+            problems.append(Problem(key, "is a group of settings, a mapping was expected", origin))
         else:
-            value = yaml.SafeLoader("").construct_object(value_node, deep=True)
-            entries[key] = Entry(value, origin)
+            try:
+                value = yaml.SafeLoader("").construct_object(value_node, deep=True)
+            except (yaml.YAMLError, ValueError) as error:
+                message = getattr(error, "problem", None) or str(error)
+                problems.append(Problem(key, f"is not a YAML value: {message}", origin))
+            else:
+                entries[key] = Entry(value, origin)
+
+
+def _mistakes(entries: dict[str, Entry]) -> tuple[Problem, ...]:
+    try:
+        build(RunConfig, entries)
+    except ConfigError as error:
+        return error.problems
+    return ()
+
+
+def _anchored(key: str, entry: Entry) -> Entry:
+    """Local paths are relative to where the command is typed; workers run elsewhere."""
+    path = entry.raw or entry.value
+    if key not in PATHS or not isinstance(path, str) or path in ("", "none", "None") or ":/" in path:
+        return entry
+    path = os.path.abspath(os.path.expanduser(path))
+    return Entry(path, entry.origin, path)
 
 
 def _plain(value: Any) -> Any:

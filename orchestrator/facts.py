@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 import importlib.metadata
 import platform
 import socket
@@ -20,7 +21,15 @@ def facts() -> dict[str, str]:
             found[f"version.{package}"] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found | {"git.commit": commit()}
+    head = commit()
+    return found | {"git.commit": head, "mlflow.source.git.commit": head.rstrip("+"), "mlflow.user": _user()}
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container's user may have no name
+        return "unknown"
 
 
 def commit() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from typing import Any
 
 import torch
@@ -22,7 +23,10 @@ def initialize_from(source: str, state: TrainState, world: World) -> None:
     same), a directory that holds one model.safetensors, or a state_dict as .safetensors or .pt, of which
     tensors alone are read. Raises CheckpointError naming what does not fit the network.
     """
-    location = Location.of(source)
+    try:
+        location = Location.of(source)
+    except ValueError as error:
+        raise DataError(f"init_from: {error}") from error
     if (location / checkpoint.MANIFEST).exists():
         manifest = checkpoint.read_manifest(location)
         weights = manifest.tensors(f"{manifest.info['final']}.safetensors")
@@ -42,14 +46,14 @@ def read_state_dict(location: Location) -> dict[str, Tensor]:
         location = location / "model.safetensors"
     if not location.exists():
         raise DataError(f"init_from: there is no {location.uri}; give a checkpoint directory, .safetensors or .pt")
-    if location.name.endswith(".safetensors"):
-        return dict(parse_tensors(location.read()))
-    import io
-
     try:
-        content: Any = torch.load(io.BytesIO(location.read()), map_location="cpu", weights_only=True)
+        if location.name.endswith(".safetensors"):
+            content: Any = parse_tensors(location.read())
+        else:
+            content = torch.load(io.BytesIO(location.read()), map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a file that is no state_dict makes torch raise
-        raise DataError(f"init_from: {location.uri} is not a file of tensors: {str(error).splitlines()[0]}") from error
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise DataError(f"init_from: {location.uri} is not a file of tensors: {reason}") from error
     for key in ("state_dict", "model_state_dict"):
         content = content.get(key, content) if isinstance(content, dict) else content
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):

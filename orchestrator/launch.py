@@ -12,11 +12,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from jem import checkpoint
 from jem.errors import JEMError
 from jem.files import Location
 from orchestrator.command import RAY_THREAD
-from orchestrator.config import RunConfig
+from orchestrator.config import RunConfig, to_yaml
 from orchestrator.control import clear_request
+from orchestrator.curves import curves_png
 from orchestrator.events import EventLog
 from orchestrator.facts import facts
 from orchestrator.mirror import Mirror, spool_of
@@ -24,7 +26,7 @@ from orchestrator.progress import Progress, follow
 from orchestrator.ray_cluster import start_ray, train_on_ray
 from orchestrator.registry import resolve_model
 from orchestrator.result import Result
-from orchestrator.runs import RunRecord, lock, open_record, storage_of, write_config
+from orchestrator.runs import RunRecord, aside, lock, open_record, storage_of, write_config
 from orchestrator.signals import StopSignals
 from orchestrator.tracking import Uploader, default_uri
 
@@ -53,6 +55,8 @@ class Attempt:
         self.config, self.root, self.record = config, root, record
         self.number = len(record.attempts) + 1
         self.folder = root.local if root.is_local else spool_of(root)
+        if not root.is_local and not record.attempts and self.folder.exists():
+            Location.of(self.folder).move_to(aside(Location.of(self.folder)))  # of a run that --fresh has moved away
         self.log_path = self.folder / "events.jsonl"
         self.saving = threading.Lock()
         known = record.mlflow.get("run_id") if record.mlflow.get("uri") == uri else None
@@ -140,20 +144,22 @@ class Attempt:
         """Write down what came of the attempt: in the log, MLflow, run.json and the result."""
         status = outcome["status"]
         log = EventLog(self.log_path)
-        log.append("artifact", path="recipe.yaml") if self.root.is_local else None
+        for path in self._summaries():
+            log.append("artifact", path=path)
         log.append("end", status=status)
         log.close()
-        run_id = self.uploader.finish(status, timeout=120)
-        old = self.record.result or {}
+        run_id = self.uploader.finish(status, timeout=60)
+        newest = checkpoint.committed(self.root / "checkpoints")[:1]
         result = Result(
             run_id=run_id,
             name=self.record.name,
-            checkpoint=outcome.get("checkpoint") or old.get("checkpoint"),
-            step=outcome.get("step", old.get("step", 0)),
+            checkpoint=outcome.get("checkpoint") or next((d.uri for d in newest), None),
+            step=outcome.get("step", next((int(d.name) for d in newest), 0)),
             metrics=outcome.get("metrics", {}),
             status=status,
             weights=outcome.get("weights"),
             samples=self._newest_picture(),
+            curves=str(self.folder / "curves.png") if (self.folder / "curves.png").exists() else None,
             tracking_uri=self.record.mlflow.get("uri"),
             message=outcome.get("message", ""),
         )
@@ -171,6 +177,14 @@ class Attempt:
         traceback.print_exception(error)
         lines = str(error).strip().splitlines() or [""]
         return {"status": "failed", "message": f"{type(error).__name__}: {lines[0]}"}
+
+    def _summaries(self) -> Iterator[str]:
+        """Write the recipe and the curves beside the log, for MLflow; the names of the files."""
+        recipe = to_yaml(self.config).encode()
+        for name, content in (("recipe.yaml", recipe), ("curves.png", curves_png(self.log_path))):
+            if content is not None:
+                (self.folder / name).write_bytes(content)
+                yield name
 
     def _newest_picture(self) -> str | None:
         pictures = (self.root / "samples").children()

@@ -15,6 +15,9 @@ from orchestrator.events import EventLog
 
 LOOK_EVERY_S = 5.0
 
+TAIL = "events-tail.jsonl"
+"""In the run's folder on an object store: the events after the last checkpoint."""
+
 
 def spool_of(root: Location) -> Path:
     """A local folder for the log of a run whose own folder is not local."""
@@ -35,6 +38,7 @@ class Mirror:
         if self.needed:
             self.done = {int(d.name) for d in checkpoint.committed(self.root / "checkpoints")}
             self.log = EventLog(self.log_path)
+            (self.root / TAIL).remove()  # of an earlier attempt
             self.thread.start()
         return self
 
@@ -43,7 +47,7 @@ class Mirror:
             self.stop.set()
             self.thread.join()
             self.copy()
-            tail = self.root / "events-tail.jsonl"
+            tail = self.root / TAIL
             if tail.exists():
                 self._take(tail.read())
             self.log.close()

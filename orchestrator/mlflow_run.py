@@ -127,7 +127,9 @@ class MLflowRun:
         experiment = self._client.get_experiment_by_name(spec.experiment)
         if experiment is None:
             try:
-                return str(self._client.create_experiment(spec.experiment, artifact_location=spec.artifact_root))
+                tags = {"mlflow.experimentKind": "custom_model_development"}  # else its pages are those of GenAI
+                made = self._client.create_experiment(spec.experiment, spec.artifact_root, tags)
+                return str(made)
             except MlflowException as error:
                 if error.error_code != "RESOURCE_ALREADY_EXISTS":
                     raise

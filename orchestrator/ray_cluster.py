@@ -27,6 +27,9 @@ QUIET = {
 }
 
 
+TOKEN = Path.home() / ".ray" / "auth_token"
+
+
 @dataclass(frozen=True)
 class Cluster:
     """What there is to run on."""
@@ -55,6 +58,7 @@ def start_ray(config: RunConfig) -> Iterator[Cluster]:
         cpus = max(os.cpu_count() or 1, config.workers)
         environment = {"env_vars": variables}
         ray.init(address="local", num_cpus=cpus, include_dashboard=False, runtime_env=environment, **quiet)
+    TOKEN.chmod(0o600) if TOKEN.exists() else None  # Ray writes it readable for everybody
     try:
         resources = ray.cluster_resources()
         cluster = Cluster(not address, resources.get("CPU", 0), resources.get("GPU", 0))
@@ -73,6 +77,8 @@ def train_on_ray(
 
     from orchestrator.worker import Job
 
+    if not cluster.private and not root.is_local:  # the driver's log is filled from checkpoints, see Mirror
+        log_path = log_path.with_name("events-of-rank-0.jsonl")
     job = Job(config, root, log_path, attempt, init_from, facts())
     trainer = TorchTrainer(
         _worker,
@@ -115,6 +121,8 @@ def _worker(arguments: dict[str, Any]) -> dict[str, Any]:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     world, device = World.current(), ray.train.torch.get_device()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # NCCL's collectives use the current one
 
     def report(metrics: dict[str, float], uri: str) -> None:
         """Ray keeps a pointer: ours is the checkpoint."""

@@ -32,6 +32,7 @@ class Result:
     status: str = "failed"
     weights: str | None = None  # which of the checkpoint's are final: model, ema or best
     samples: str | None = None  # the newest picture of the chains
+    curves: str | None = None  # losses, energies, accuracy against steps
     tracking_uri: str | None = None
     message: str = ""
 
@@ -63,7 +64,7 @@ def show(result: Result) -> None:
         if not name.startswith("train/"):
             table.add_row(name, f"{value:.4f}")
     console.print(table)
-    lines = {"checkpoint": result.checkpoint, "final weights": result.weights, "samples": result.samples}
+    lines = {"checkpoint": result.checkpoint, "final weights": result.weights, "samples": result.samples, "curves": result.curves}
     for label, text in lines.items():
         if text:
             console.print(f"{label}: {text}", soft_wrap=True, highlight=False)

@@ -16,7 +16,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -24,7 +24,7 @@ import psutil
 
 from jem.errors import ConfigError, Problem
 from jem.files import Location
-from jem.settings import digest, flatten
+from jem.settings import digest
 from orchestrator.config import RunConfig, to_yaml
 
 HEARTBEAT_S = 10.0
@@ -96,7 +96,7 @@ def open_record(root: Location, config: RunConfig, fresh: bool) -> RunRecord:
     with the differences if the run that is there is of another science.
     """
     if fresh and root.exists():
-        root.move_to(_aside(root))
+        root.move_to(aside(root))
     record = None if fresh else read_record(root)
     if record is None:
         assert config.name
@@ -113,7 +113,6 @@ def open_record(root: Location, config: RunConfig, fresh: bool) -> RunRecord:
 
 def write_config(root: Location, config: RunConfig) -> None:
     (root / "recipe.yaml").write(to_yaml(config).encode())
-    (root / "config.json").write(json.dumps(flatten(config), indent=1).encode())
 
 
 @contextmanager
@@ -162,7 +161,8 @@ def _remote_lock(root: Location) -> Iterator[None]:
 
     def beat() -> None:
         while not stop.wait(HEARTBEAT_S):
-            path.write(_identity().encode())
+            with suppress(OSError):  # the store is away for a moment: the next beat may reach it
+                path.write(_identity().encode())
 
     thread = threading.Thread(target=beat, daemon=True, name="run lock")
     thread.start()
@@ -200,7 +200,7 @@ def _held(root: Location, text: str) -> ConfigError:
     return ConfigError(f"{root.uri}: {who} is working on this run; {remedy}")
 
 
-def _aside(root: Location) -> Location:
+def aside(root: Location) -> Location:
     number = 1
     while (root.parent / f"{root.name}.{number}").exists():
         number += 1

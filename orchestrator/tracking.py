@@ -37,8 +37,11 @@ def default_uri(storage: Location, configured: str | None) -> tuple[str, str | N
         )
         raise ConfigError([Problem("tracking.uri", message)])
     uri = _absolute(uri or f"sqlite:///{(storage / 'mlflow.db').local}")
-    decided_by_server = uri.startswith(("http://", "https://", "databricks"))
-    return uri, None if decided_by_server else (storage / "mlartifacts").uri
+    if uri.startswith(("http://", "https://", "databricks")):
+        return uri, None  # the server decides
+    if uri.startswith("sqlite:///"):  # beside the file: an object store would need a client of its own in MLflow
+        return uri, str(Path(uri.removeprefix("sqlite:///")).parent / "mlartifacts")
+    return uri, (storage / "mlartifacts").uri
 
 
 class Uploader:

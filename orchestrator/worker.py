@@ -32,6 +32,7 @@ from orchestrator.config import RunConfig
 from orchestrator.control import Control
 from orchestrator.events import EventLog
 from orchestrator.initialize import initialize_from
+from orchestrator.mirror import TAIL
 from orchestrator.pictures import by_class, grid_png
 
 T = TypeVar("T")
@@ -114,6 +115,12 @@ class Training:
         self.clock = (self.state.step, time.monotonic())
 
     def run(self) -> dict[str, Any]:
+        try:
+            return self.train()
+        finally:
+            self.leave_tail()
+
+    def train(self) -> dict[str, Any]:
         config, state = self.config, self.state
         self.event("attempt", attempt=self.job.attempt, step=state.step, workers=self.world.size)
         self.event("tags", tags=self.tags)
@@ -230,6 +237,11 @@ class Training:
     def event(self, kind: str, **fields: Any) -> None:
         if self.log is not None:
             self.log.append(kind, **fields)
+
+    def leave_tail(self) -> None:
+        """Where the driver does not see the log: what was logged since the last checkpoint."""
+        if self.log is not None and not self.job.root.is_local:
+            (self.job.root / TAIL).write(self.log.since(self.logged))
 
     def outcome(self, status: str, message: str) -> dict[str, Any]:
         return {

@@ -38,11 +38,11 @@ def approx_mass(network: Logits, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "
 def auroc(inside: Float[Tensor, " n"], outside: Float[Tensor, " m"]) -> float:
     """The chance that an in-distribution score exceeds an outside one, ties counting half.
 
-    Raises JEMError if a score is NaN.
+    Raises JEMError if a score is not finite.
     """
     scores = torch.cat([inside, outside]).double().cpu()
-    if scores.isnan().any():
-        raise JEMError("AUROC: a score is NaN; the model diverged, use an earlier checkpoint")
+    if not scores.isfinite().all():
+        raise JEMError("AUROC: a score is not finite; the model diverged, use an earlier checkpoint")
     positive = torch.cat([torch.ones(len(inside)), torch.zeros(len(outside))])
     return float(roc_auc_score(positive.numpy(), scores.numpy()))
 

@@ -41,7 +41,7 @@ def test_wrn_halves_the_side_twice_and_pools_what_is_left():
     sides = {}
     for name in ("conv1", "layer1", "layer2", "layer3"):
         getattr(network, name).register_forward_hook(
-            lambda module, x, out, name=name: sides.update({name: tuple(out.shape[1:])})
+            lambda _, __, out, name=name: sides.update({name: tuple(out.shape[1:])})
         )
     assert network(torch.zeros(2, 3, 32, 32)).shape == (2, 7)
     assert sides == {"conv1": (16, 32, 32), "layer1": (16, 32, 32), "layer2": (32, 16, 16), "layer3": (64, 8, 8)}
@@ -102,7 +102,7 @@ def test_act_norm_starts_with_mean_0_and_variance_1_in_each_channel_and_layer(na
     seen = []
     for module in network.modules():
         if isinstance(module, ActNorm):
-            module.register_forward_hook(lambda module, x, out: seen.append(torch.var_mean(out, dim=(0, 2, 3))))
+            module.register_forward_hook(lambda _, __, out: seen.append(torch.var_mean(out, dim=(0, 2, 3))))
     network(images)
     assert len(seen) == (2 if name == "small_conv" else 7)
     for variance, mean in seen:
@@ -125,9 +125,13 @@ def test_a_network_of_ones_own_is_named_by_module_and_function_and_gets_its_opti
 
 @pytest.mark.parametrize(
     ("name", "says"),
-    [("no_such_module:f", "no module 'no_such_module'"), ("toys:nothing", "has no 'nothing'"), ("toys:torch", "module")],
+    [
+        ("no_such_module:f", "no module 'no_such_module'"),
+        ("toys:nothing", "has no 'nothing'"),
+        ("toys:torch", "module"),
+    ],
 )
 def test_a_network_that_is_not_there_is_named_with_the_setting(name, says):
-    with pytest.raises(ConfigError, match="model.name") as caught:
+    with pytest.raises(ConfigError, match=r"model\.name") as caught:
         make_network(ModelConfig(name=name), (1, 8, 8), 2)
     assert says in str(caught.value)

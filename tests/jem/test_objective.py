@@ -23,9 +23,14 @@ def problem(generator):
     def labels(n):
         return torch.randint(C, (n,), generator=generator)
 
-    return normal(DATA, FEATURES), normal(SAMPLES, FEATURES), normal(LABELLED, FEATURES), labels(LABELLED), labels(
-        SAMPLES
-    ), normal(C, FEATURES)
+    return (
+        normal(DATA, FEATURES),
+        normal(SAMPLES, FEATURES),
+        normal(LABELLED, FEATURES),
+        labels(LABELLED),
+        labels(SAMPLES),
+        normal(C, FEATURES),
+    )
 
 
 def loss_of(problem, weights, rows=(slice(None),) * 3):
@@ -107,7 +112,12 @@ def test_semi_supervised_cross_entropy_is_a_mean_over_the_labelled_and_the_gap_o
     logits = [features @ w.T for features in (data, samples, labelled)]
     once = jem_loss(*logits, labels, sample_labels, ObjectiveConfig(), Counts(DATA, SAMPLES, LABELLED))
     twice = jem_loss(
-        logits[0].repeat(2, 1), *logits[1:], labels, sample_labels, ObjectiveConfig(), Counts(2 * DATA, SAMPLES, LABELLED)
+        logits[0].repeat(2, 1),
+        *logits[1:],
+        labels,
+        sample_labels,
+        ObjectiveConfig(),
+        Counts(2 * DATA, SAMPLES, LABELLED),
     )
     torch.testing.assert_close(once, twice)
 
@@ -116,6 +126,8 @@ def test_a_classifiers_loss_has_no_term_of_samples(problem):
     data, _, _, _, _, w = problem
     none = torch.zeros(0, C, dtype=torch.float64)
     labels, no_labels = torch.tensor([0, 1, 2, 3, 0]), torch.zeros(0, dtype=torch.int64)
-    loss = jem_loss(data @ w.T, none, data @ w.T, labels, no_labels, ObjectiveConfig(p_x_weight=0.0), Counts(DATA, 0, DATA))
+    loss = jem_loss(
+        data @ w.T, none, data @ w.T, labels, no_labels, ObjectiveConfig(p_x_weight=0.0), Counts(DATA, 0, DATA)
+    )
     torch.testing.assert_close(loss.total, torch.nn.functional.cross_entropy(data @ w.T, labels))
     assert loss.energy_samples == 0

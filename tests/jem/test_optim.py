@@ -153,7 +153,9 @@ def test_optimizer_tensors_put_into_a_new_optimizer_continue_bit_for_bit(config)
     twin = copy.deepcopy(network)
     other = make_optimizer(twin, config)
     tensors = {key: value.clone() for key, value in optimizer_tensors(network, optimizer).items()}
-    assert set(tensors) == {f"{k}/weight" for k in (("momentum_buffer",), ("step", "exp_avg", "exp_avg_sq"))[config is ADAM]}
+    assert set(tensors) == {
+        f"{k}/weight" for k in (("momentum_buffer",), ("step", "exp_avg", "exp_avg_sq"))[config is ADAM]
+    }
     load_optimizer_tensors(twin, other, tensors)
     for n, o in ((network, optimizer), (twin, other)):
         update(n, o, config, [0.7, -0.2])

@@ -20,12 +20,11 @@ def buffer(capacity, generator, n_classes=3, world=World(), **settings):  # noqa
 def test_shards_are_disjoint_cover_all_differ_by_one_at_most_and_chain_i_keeps_class_i_mod_c(capacity, size, classes):
     random = torch.Generator().manual_seed(0)
     shards = [buffer(capacity, random, classes, World(r, size)) for r in range(size)]
-    rows = [list(range(s.first, s.first + len(s.chains))) for s in shards]
-    assert sum(rows, []) == list(range(capacity))
-    sizes = [len(r) for r in rows]
+    assert [i for s in shards for i in range(s.first, s.first + len(s.chains))] == list(range(capacity))
+    sizes = [len(s.chains) for s in shards]
     assert max(sizes) - min(sizes) <= 1
     labels = [s.labels(torch.arange(len(s.chains))).tolist() for s in shards]
-    assert sum(labels, []) == [i % classes for i in range(capacity)]
+    assert [label for shard in labels for label in shard] == [i % classes for i in range(capacity)]
     for shard in labels:
         counts = [shard.count(c) for c in range(classes)]
         assert max(counts) - min(counts) <= 1

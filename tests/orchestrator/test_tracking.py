@@ -508,7 +508,8 @@ def test_an_object_store_needs_a_tracking_uri(monkeypatch):
     with pytest.raises(ConfigError, match=r"s3://bucket/runs: set tracking\.uri, or MLFLOW_TRACKING_URI") as caught:
         default_uri(storage, None)
     assert caught.value.problems[0].key == "tracking.uri"
-    assert default_uri(storage, "sqlite:////tmp/a.db")[1] == "s3://bucket/runs/mlartifacts"
+    assert default_uri(storage, "postgresql://db/mlflow")[1] == "s3://bucket/runs/mlartifacts"
+    assert default_uri(storage, "sqlite:////disk/a.db")[1] == "/disk/mlartifacts", "no S3 client is needed for it"
 
 
 DRIVER = """

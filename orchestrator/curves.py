@@ -1,0 +1,49 @@
+"""The run's curves as one picture, drawn from its log."""
+
+from __future__ import annotations
+
+import io
+from collections import defaultdict
+from pathlib import Path
+
+from orchestrator import events
+
+PANELS = {
+    "loss": ("train/loss", "train/cross_entropy"),
+    "energy (nats)": ("train/energy_data", "train/energy_samples", "train/energy_gap"),
+    "accuracy": ("train/accuracy", "val/accuracy"),
+    "validation": ("val/nll", "val/ece"),
+}
+
+
+def curves_png(log_path: Path) -> bytes | None:
+    """A PNG of losses, energies, accuracy and validation against steps; None if there is nothing to draw yet."""
+    series = read_series(log_path)
+    panels = {title: [k for k in keys if len(series[k]) > 1] for title, keys in PANELS.items()}
+    panels = {title: keys for title, keys in panels.items() if keys}
+    if not panels:
+        return None
+    from matplotlib.figure import Figure  # no pyplot: there is no screen, and this may run in a thread
+
+    figure = Figure(figsize=(4 * len(panels), 3), layout="constrained")
+    for axes, (title, keys) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        for key in keys:
+            steps = sorted(series[key])
+            axes.plot(steps, [series[key][step] for step in steps], label=key, linewidth=1.2)
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel("step")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=7)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    return buffer.getvalue()
+
+
+def read_series(log_path: Path) -> dict[str, dict[int, float]]:
+    """Metric to step to value; what was run again after a rollback counts as it was last."""
+    series: dict[str, dict[int, float]] = defaultdict(dict)
+    for event in events.read(log_path)[0]:
+        if event["kind"] == "metrics":
+            for key, value in event["metrics"].items():
+                series[key][event["step"]] = value
+    return series

@@ -1,0 +1,231 @@
+"""Ranks that share a batch do what one process would: several gloo processes against one."""
+
+import math
+
+import pytest
+import torch
+from spawn import run_ranks
+from torch.nn.parallel import DistributedDataParallel
+from toys import labelled_batch, small
+
+from jem.data.batches import Batch
+from jem.replay import ReplayBuffer
+from jem.train import prepare_first_step, sample, start, train_step
+from jem.world import World
+
+SHAPE, CLASSES, STEPS, SIZES = (1, 8, 8), 3, 3, (2, 3, 4)
+HERE = torch.device("cpu")
+
+# No noise, no restart, and as many chains as images: each step moves all chains, whoever holds them.
+EXACT = {
+    "precision": "float64",
+    "sgld__noise_scale": 0.0,
+    "replay__reinit_prob": 0.0,
+    "optimizer__ema_decay": 0.9,
+    "sgld__step_size": 5.0,
+}
+CASES = {
+    "batch 8": {"n": 8, **EXACT},
+    "batch 7": {"n": 7, **EXACT},
+    "an image a rank": {"n": 4, **EXACT},
+    "convolutions": {"n": 7, **EXACT, "model__name": "small_conv", "model__channels": [3, 5]},
+    "p(x, y), class-conditional, L2": {
+        "n": 7,
+        **EXACT,
+        "objective__p_x_y_weight": 0.5,
+        "objective__energy_l2": 0.1,
+        "sgld__conditional": True,
+    },
+    "2 labelled": {"n": 7, "labelled": 2, **EXACT},  # of 3 or 4 ranks some have none
+    "classifier, 1 labelled": {"n": 7, "labelled": 1, **EXACT, "objective__p_x_weight": 0.0},
+    "SGD, clipped": {"n": 7, **EXACT, "optimizer__name": "sgd", "optimizer__clip_norm": 0.1},
+}
+BATCH_NORM = {"model__name": "small_conv", "model__channels": [3, 5], "model__norm": "batch"}
+GUARDS = {
+    "adam, first update": {"poison": math.nan, "poison_at": 0},
+    "adam, later": {"poison": math.inf, "poison_at": 2},
+    "sgd, first update": {"poison": math.nan, "poison_at": 0, "optimizer__name": "sgd"},
+    "sgd, later": {"poison": math.nan, "poison_at": 2, "optimizer__name": "sgd"},
+}
+FIGURES = ("chain_grad_norm", "reinit_share", "lost_chains", "grad_norm")
+
+
+def whole_batch(n, labelled, dtype, step=0):
+    random = torch.Generator().manual_seed(step)
+    images = torch.randn(n, *SHAPE, generator=random, dtype=torch.float64).to(dtype)
+    labels = torch.randint(CLASSES, (n,), generator=random)
+    if labelled is None:
+        return labelled_batch(images, labels)
+    return Batch(images, None, images[:labelled] + 0.1, labels[:labelled], n, labelled)
+
+
+def part(batch, world):
+    def cut(tensor):
+        return None if tensor is None else tensor[world.share(len(tensor))]
+
+    tensors = (batch.images, batch.labels, batch.labelled_images, batch.labelled_labels)
+    return Batch(*map(cut, tensors), batch.n_global, batch.n_labelled_global)
+
+
+def begin(n, world, **settings):
+    """State and network for the step; the chains are rows of one buffer, however many share it."""
+    config = small(batch_size=n, replay__capacity=n, **settings)
+    state = start(config, SHAPE, CLASSES, world, HERE)
+    if state.replay is not None:
+        random = torch.Generator().manual_seed(9)
+        alone = ReplayBuffer.start(config.replay, SHAPE, CLASSES, World(), random)
+        state.replay.chains = alone.chains[world.share(n)].to(state.replay.chains.dtype)
+    wrapped = None
+    if world.size > 1:
+        wrapped = DistributedDataParallel(state.network, broadcast_buffers=False, gradient_as_bucket_view=True)
+    return config, state, wrapped
+
+
+def tensors_of(state):
+    """All that a step moves and every rank holds alike."""
+    found = {f"network {key}": value for key, value in state.network.state_dict().items()}
+    if state.average is not None:
+        found |= {f"average {key}": value for key, value in state.average.state_dict().items()}
+    for name, parameter in state.network.named_parameters():
+        found |= {f"{key} {name}": v for key, v in state.optimizer.state.get(parameter, {}).items()}
+    return {key: value.clone() for key, value in found.items() if isinstance(value, torch.Tensor)}
+
+
+def several_steps(world, n, labelled=None, **settings):
+    """For each step: gradients, what every rank must hold alike, chains, figures."""
+    config, state, wrapped = begin(n, world, **settings)
+    seen = []
+    for step in range(STEPS):
+        dtype = torch.float64 if config.precision == "float64" else torch.float32
+        batch = part(whole_batch(n, labelled, dtype, step), world)
+        info = train_step(state, batch, config, world, wrapped)
+        gradients = [p.grad.clone() for p in state.network.parameters()]
+        chains = None if state.replay is None else state.replay.chains.clone()
+        figures = {name: getattr(info, name) for name in FIGURES} | info.loss._asdict()
+        seen.append({"gradients": gradients, "state": tensors_of(state), "chains": chains, "figures": figures})
+    return seen
+
+
+def poisoned_steps(world, poison, poison_at, **settings):
+    """Two states around a step in which one rank's batch holds a value that is not finite, and what came of it."""
+    config, state, wrapped = begin(8, world, **settings, optimizer__ema_decay=0.5)
+    for step in range(poison_at + 2):
+        batch = part(whole_batch(8, None, torch.float32, step), world)
+        if step == poison_at and world.rank == world.size - 1:
+            batch.images[0, 0, 0, 0] = poison
+        before = tensors_of(state)
+        info = train_step(state, batch, config, world, wrapped)
+        if step == poison_at:
+            around = (before, tensors_of(state), bool(info.skipped))
+    return {"around": around, "then": (before, tensors_of(state), bool(info.skipped))}
+
+
+def calls_of_collectives(function):
+    """The names of collectives that `function` ran, as the profiler saw them."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        function()
+    return [event.name for event in profile.events() if "gloo:" in event.name or "c10d::" in event.name]
+
+
+def rank_alone_samples(world):
+    config, state, wrapped = begin(8, world, sgld__steps=4)
+    batch = part(whole_batch(8, None, torch.float32), world)
+    names = calls_of_collectives(lambda: sample(state, config, batch.images, 8)) if world.rank == 0 else []
+    stepping = calls_of_collectives(lambda: train_step(state, batch, config, world, wrapped))
+    return {"sampling": names, "stepping": stepping}
+
+
+def act_norm(world):
+    _, state, _ = begin(8, world, model__name="small_conv", model__channels=[3, 5], model__norm="act")
+    prepare_first_step(state, whole_batch(8, None, torch.float32).images)
+    return tensors_of(state)
+
+
+def on_rank(world):
+    """Everything below, in one go: starting processes is what costs."""
+    return {
+        "cases": {name: several_steps(world, **case) for name, case in CASES.items()},
+        "batch norm": several_steps(world, 8, **EXACT, **BATCH_NORM),
+        "guards": {key: poisoned_steps(world, **case, **BATCH_NORM) for key, case in GUARDS.items()},
+        "collectives": rank_alone_samples(world),
+        "act norm": act_norm(world),
+    }
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    return run_ranks(on_rank, SIZES, tmp_path_factory.mktemp("ranks"))
+
+
+def sorted_rows(chains):
+    return chains.flatten(1)[chains.flatten(1)[:, 0].argsort()]
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("size", SIZES)
+def test_gradients_weights_and_chains_are_those_of_one_process_on_the_whole_batch(ranks, size, case):
+    alone = several_steps(World(), **CASES[case])
+    for step in range(STEPS):
+        parts = [rank["cases"][case][step] for rank in ranks[size]]
+        for mine in parts:
+            torch.testing.assert_close(mine["gradients"], alone[step]["gradients"], atol=1e-10, rtol=0)
+            torch.testing.assert_close(mine["state"], alone[step]["state"], atol=1e-9, rtol=0)
+        assert max(g.abs().max() for g in alone[step]["gradients"]) > 1e-3
+        if alone[step]["chains"] is not None:
+            together = torch.cat([mine["chains"] for mine in parts])
+            torch.testing.assert_close(sorted_rows(together), sorted_rows(alone[step]["chains"]), atol=1e-9, rtol=0)
+        for name, figure in alone[step]["figures"].items():
+            summed = sum(mine["figures"][name] for mine in parts)
+            torch.testing.assert_close(summed, figure, atol=1e-7, rtol=0, msg=name)
+
+
+@pytest.mark.parametrize("case", [*CASES, "batch norm"])
+@pytest.mark.parametrize("size", SIZES)
+def test_weights_moments_averages_and_buffers_are_bit_equal_on_all_ranks_after_every_step(ranks, size, case):
+    runs = [rank["batch norm"] if case == "batch norm" else rank["cases"][case] for rank in ranks[size]]
+    for step in range(STEPS):
+        first = runs[0][step]["state"]
+        for other in runs[1:]:
+            assert all(torch.equal(first[key], value) for key, value in other[step]["state"].items())
+            assert first.keys() == other[step]["state"].keys()
+    assert not all(torch.equal(runs[0][0]["state"][key], value) for key, value in first.items())  # they do move
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_batch_norms_running_statistics_are_the_means_of_the_ranks(ranks, size):
+    """Else exempt from equality with one process; but a linear layer's mean over equal shares is that of all."""
+    alone = several_steps(World(), 8, **EXACT, **BATCH_NORM)[0]["state"]
+    got = ranks[size][0]["batch norm"][0]["state"]
+    torch.testing.assert_close(got["network 1.running_mean"], alone["network 1.running_mean"], atol=1e-12, rtol=0)
+    assert got["network 1.running_mean"].abs().max() > 1e-3
+    assert not torch.equal(got["network 1.running_var"], alone["network 1.running_var"])
+
+
+@pytest.mark.parametrize("guard", GUARDS)
+@pytest.mark.parametrize("size", SIZES)
+def test_a_non_finite_gradient_on_one_rank_changes_nothing_on_any_and_training_goes_on(ranks, size, guard):
+    for rank in ranks[size]:
+        before, after, skipped = rank["guards"][guard]["around"]
+        assert skipped
+        assert {key: torch.equal(value, after[key]) for key, value in before.items()} == dict.fromkeys(before, True)
+        before, after, skipped = rank["guards"][guard]["then"]
+        assert not skipped
+        moved = {key.split()[0] for key, value in before.items() if not torch.equal(value, after[key])}
+        assert moved >= {"network", "average"}
+        first = ranks[size][0]["guards"][guard]["then"][1]
+        assert all(value.isfinite().all() and torch.equal(value, first[key]) for key, value in after.items())
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_sampling_calls_no_collective_and_a_step_reduces_gradients_once(ranks, size):
+    """Rank 0 samples while the others do not: had it called one, it would have met another's."""
+    assert ranks[size][0]["collectives"]["sampling"] == []
+    for rank in ranks[size]:
+        assert rank["collectives"]["stepping"].count("gloo:all_reduce") == 1
+
+
+def test_act_norm_starts_the_same_in_any_world(ranks):
+    alone = act_norm(World())
+    for size in SIZES:
+        for rank in ranks[size]:
+            assert all(torch.equal(value, rank["act norm"][key]) for key, value in alone.items())

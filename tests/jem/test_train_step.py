@@ -1,0 +1,199 @@
+import math
+
+import pytest
+import torch
+from torch import nn
+from toys import labelled_batch, small
+
+from jem.data.batches import Batch
+from jem.train import frozen_logits, prepare_first_step, sample, start, train, train_step
+from jem.world import World
+
+SHAPE, CLASSES, HERE = (1, 4, 4), 3, torch.device("cpu")
+
+
+class Probe(nn.Module):
+    """Linear logits; remembers how it was called: (training, rows, dtype)."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(16, CLASSES)
+        self.calls = []
+
+    def forward(self, x):
+        out = self.linear(x.flatten(1))
+        self.calls.append((self.training, len(x), x.dtype, out.dtype))
+        return out
+
+
+def probe(config, image_shape, n_classes):
+    return Probe()
+
+
+def begin(world=World(), **changes):  # noqa: B008
+    config = small(**{"model__name": "test_train_step:probe"} | changes)
+    return config, start(config, SHAPE, CLASSES, world, HERE)
+
+
+def batch(n=6, seed=0):
+    random = torch.Generator().manual_seed(seed)
+    return labelled_batch(torch.randn(n, *SHAPE, generator=random), torch.arange(n) % CLASSES)
+
+
+def test_chains_run_k_times_in_eval_mode_then_data_and_samples_go_once_together_in_train_mode():
+    config, state = begin(sgld__steps=4)
+    train_step(state, batch(), config, World())
+    f32 = torch.float32
+    assert state.network.calls == [(False, 6, f32, f32)] * 4 + [(True, 12, f32, f32)]
+
+
+def test_labelled_images_join_the_same_forward_pass():
+    config, state = begin()
+    whole = batch()
+    train_step(state, Batch(whole.images, None, whole.images[:2], whole.labels[:2], 6, 2), config, World())
+    assert state.network.calls[-1][:2] == (True, 6 + 6 + 2)
+
+
+def test_a_classifier_runs_no_chains_and_costs_one_forward_pass_of_the_batch():
+    config, state = begin(objective__p_x_weight=0.0)
+    info = train_step(state, batch(), config, World())
+    assert [call[:2] for call in state.network.calls] == [(True, 6)]
+    assert state.replay is None
+    assert info.loss.total == info.loss.cross_entropy
+    assert info.chain_grad_norm == info.loss.energy_samples == 0
+
+
+def test_in_bf16_the_network_computes_in_it_and_positions_energies_and_weights_stay_in_float32():
+    config, state = begin(precision="bf16")
+    info = train_step(state, batch(), config, World())
+    assert {call[2:] for call in state.network.calls} == {(torch.float32, torch.bfloat16)}
+    kept = [state.replay.chains, info.loss.total, info.chain_grad_norm, state.network.linear.weight]
+    assert {t.dtype for t in kept} == {torch.float32}
+    moved = state.replay.chains[state.replay.chains != state.replay.chains.bfloat16().float()]
+    assert len(moved) > 0.9 * state.replay.chains.numel()  # not rounded on the way
+    assert frozen_logits(state.network, config)(batch().images).dtype == torch.float32
+
+
+def test_a_conditional_chain_climbs_the_logit_of_its_own_class_and_a_free_one_their_logsumexp():
+    for conditional in (True, False):
+        config, state = begin(
+            sgld__conditional=conditional,
+            sgld__steps=1,
+            sgld__noise_scale=0.0,
+            sgld__step_size=2.0,
+            replay__reinit_prob=0,
+        )
+        before = state.replay.chains.clone()
+        sample(state, config, batch().images, 6)
+        weight = state.network.linear.weight.detach()
+        labels = state.replay.labels(torch.arange(len(before)))
+        share = nn.functional.one_hot(labels, CLASSES).float()
+        if not conditional:
+            share = state.network.linear(before.flatten(1)).softmax(dim=1).detach()
+        moved = (state.replay.chains != before).flatten(1).any(dim=1)
+        assert moved.sum() == 6
+        expected = before.flatten(1) + 2.0 * share @ weight
+        torch.testing.assert_close(state.replay.chains.flatten(1)[moved], expected[moved])
+
+
+def test_a_chain_that_is_lost_leaves_its_slot_and_skips_the_update():
+    config, state = begin(sgld__step_size=1e38, sgld__steps=2, optimizer__ema_decay=0.5)
+    with torch.no_grad():
+        state.network.linear.weight *= 1e3
+    weights, chains = state.network.linear.weight.clone(), state.replay.chains.clone()
+    info = train_step(state, batch(), config, World())
+    assert info.lost_chains == 6
+    assert info.skipped
+    assert torch.equal(state.network.linear.weight, weights)
+    assert torch.equal(state.replay.chains, chains)
+    assert state.step == 1
+
+
+def test_bad_data_skip_an_update_but_chains_move_on():
+    config, state = begin()
+    bad = batch()
+    bad.images[0, 0, 0, 0] = math.nan
+    weights, chains = state.network.linear.weight.clone(), state.replay.chains.clone()
+    info = train_step(state, bad, config, World())
+    assert info.skipped
+    assert info.lost_chains == 0
+    assert torch.equal(state.network.linear.weight, weights)
+    assert not torch.equal(state.replay.chains, chains)
+    assert state.replay.chains.isfinite().all()
+    assert not train_step(state, batch(), config, World()).skipped
+
+
+def test_training_ends_at_its_number_of_steps_and_asks_for_each_batch_by_its_step():
+    config, state = begin(optimizer__warmup_steps=4, optimizer__learning_rate=0.4)
+    asked = []
+
+    def batch_at(step):
+        asked.append(step)
+        return batch(seed=step)
+
+    infos = list(train(state, batch_at, config, 3))
+    assert asked == [0, 1, 2]
+    assert [info.step for info in infos] == [1, 2, 3]
+    assert [info.learning_rate for info in infos] == pytest.approx([0.1, 0.2, 0.3])
+    assert len(list(train(state, batch_at, config, 5))) == 2
+    assert list(train(state, batch_at, config, 5)) == []
+    assert asked == [0, 1, 2, 3, 4]
+
+
+def test_weights_start_the_same_on_every_rank_and_chains_are_each_ranks_own():
+    states = [begin(World(rank, 3))[1] for rank in range(3)]
+    for other in states[1:]:
+        assert torch.equal(states[0].network.linear.weight, other.network.linear.weight)
+        assert not torch.equal(states[0].replay.chains[:3], other.replay.chains[:3])
+    assert not torch.equal(begin(seed=1)[1].network.linear.weight, states[0].network.linear.weight)
+
+
+def test_starting_leaves_the_global_generator_alone_and_does_not_depend_on_it():
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    first = begin()[1].network.linear.weight
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(2)
+    assert torch.equal(begin()[1].network.linear.weight, first)
+
+
+def test_a_step_draws_from_the_states_generator_only():
+    def run():
+        config, state = begin()
+        for step in range(3):
+            train_step(state, batch(seed=step), config, World())
+        return state.replay.chains
+
+    torch.manual_seed(1)
+    first = run()
+    torch.manual_seed(2)
+    assert torch.equal(run(), first)
+
+
+def test_figures_of_a_step_are_means_over_its_images_and_chains():
+    """All chains are drawn and take one step; |grad E(x)| = |sum_y p(y|x) W_y|."""
+    config, state = begin(replay__capacity=6, replay__reinit_prob=0.0, sgld__noise_scale=0.0, sgld__steps=1)
+    linear, before = state.network.linear, state.replay.chains.clone().flatten(1)
+    weight, bias = linear.weight.detach().clone(), linear.bias.detach().clone()
+    info = train_step(state, batch(), config, World())
+
+    def energy(x):
+        return -(x.flatten(1) @ weight.T + bias).logsumexp(dim=1).mean()
+
+    gradient = (before @ weight.T + bias).softmax(dim=1) @ weight
+    torch.testing.assert_close(info.chain_grad_norm, gradient.norm(dim=1).mean())
+    torch.testing.assert_close(info.loss.energy_data, energy(batch().images))
+    torch.testing.assert_close(info.loss.energy_samples, energy(state.replay.chains))
+    whole = torch.cat([p.grad.flatten() for p in linear.parameters()])
+    torch.testing.assert_close(info.grad_norm, whole.norm())
+    assert info.reinit_share == 0
+    config, state = begin(replay__reinit_prob=1.0)
+    assert train_step(state, batch(), config, World()).reinit_share == 1
+
+
+def test_the_average_starts_at_the_weights_that_act_norm_left():
+    _, state = begin(model__name="small_conv", model__channels=[3], model__norm="act", optimizer__ema_decay=0.9)
+    prepare_first_step(state, 5 + 3 * batch().images)
+    mine, theirs = state.network.state_dict(), state.average.state_dict()
+    assert all(torch.equal(mine[key], theirs[key]) for key in mine)
+    assert (mine["1.scale"] != 1).all()

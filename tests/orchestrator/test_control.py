@@ -1,0 +1,95 @@
+"""A request to stop is seen within about a second, and heeded by all ranks at the same step."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from spawn import run_ranks
+
+from jem.files import Location
+from jem.world import World
+from orchestrator.control import Control, clear_request, request_stop
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def root(tmp_path):
+    return Location.of(tmp_path / "run")
+
+
+def first_stop(control, steps, pause=0.0, request=None):
+    for step in range(1, steps + 1):
+        time.sleep(pause)
+        if request and step == request[0]:
+            request_stop(request[1])
+        if control.stop_requested(step):
+            return step
+    return None
+
+
+def test_a_request_that_is_there_is_heeded_in_the_first_step(root):
+    request_stop(root)
+    assert Control(World(), root, CPU).stop_requested(1)
+    assert Control(World(), root, CPU).stop_requested(500), "a run that goes on from step 499 looks in its first step"
+    clear_request(root)
+    assert not Control(World(), root, CPU).stop_requested(1)
+
+
+def test_withdrawing_a_request_that_was_never_made_is_nothing(root):
+    clear_request(root)
+
+
+class Counting:
+    """A folder that counts how often it is looked into."""
+
+    def __init__(self, root):
+        self.root, self.looks = root, 0
+
+    def __truediv__(self, name):
+        self.looks += 1
+        return self.root / name
+
+
+def test_it_looks_about_once_a_second_whatever_a_step_takes(root):
+    folder = Counting(root)
+    control = Control(World(), folder, CPU)
+    begin = time.monotonic()
+    assert first_stop(control, 250, pause=0.01) is None
+    seconds = time.monotonic() - begin
+    assert 2 <= folder.looks <= seconds + 4  # the first steps look to learn the pace
+
+
+def test_slow_steps_look_every_time(root, monkeypatch):
+    monkeypatch.setattr("orchestrator.control.LOOK_EVERY_S", 0.02)
+    assert first_stop(Control(World(), root, CPU), 20, pause=0.03, request=(7, root)) == 7
+
+
+def test_a_request_is_heeded_within_about_a_second(root):
+    control = Control(World(), root, CPU)
+    for step in range(1, 41):
+        time.sleep(0.01)
+        assert not control.stop_requested(step)
+    request_stop(root)
+    asked = time.monotonic()
+    for step in range(41, 400):
+        time.sleep(0.01)
+        if control.stop_requested(step):
+            break
+    assert time.monotonic() - asked < 2.5
+
+
+def ask(world, folder):
+    """Only rank 0 can see the request: rank 1 looks elsewhere. Rank 1's steps take longer, too."""
+    root = Location.of(Path(folder) / str(world.rank))
+    control = Control(world, root, CPU)
+    request = (60, root) if world.rank == 0 else None
+    return first_stop(control, 400, pause=0.002 * (1 + world.rank), request=request)
+
+
+def test_ranks_stop_at_the_same_step_though_only_rank_0_sees_the_request(tmp_path):
+    steps = run_ranks(ask, (2,), tmp_path / "meet", str(tmp_path))[2]
+    assert steps[0] == steps[1] >= 60

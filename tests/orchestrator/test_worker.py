@@ -1,0 +1,440 @@
+"""The worker loop as every rank runs it, without Ray: in this process, or in two that gloo connects."""
+
+from __future__ import annotations
+
+import io
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+from PIL import Image
+from spawn import run_ranks
+from worker_runs import (
+    HOOKED,
+    Death,
+    Hooks,
+    die,
+    fit,
+    log_of,
+    newest,
+    prepared,
+    state_of,
+    steps_kept,
+    trace,
+)
+
+from jem import checkpoint
+from jem.data.augment import to_float
+from jem.files import Location
+from orchestrator import control
+from orchestrator.control import request_stop
+
+KINDS = {
+    "JEM with averaged and best weights": ("optimizer.ema_decay=0.9", "evaluate.final=best"),
+    "SGD and batch norm": ("optimizer.name=sgd", "model.norm=batch"),
+    "class-conditional": ("sgld.conditional=true", "objective.p_x_y_weight=1", "objective.p_x_weight=0"),
+    "semi-supervised": ("data.labels_per_class=3", "data.labelled_batch_size=5", "data.crop_padding=1"),
+    "classifier": ("objective.p_x_weight=0",),
+}
+
+
+def look_always(monkeypatch):
+    """Every step looks for a request to stop, as a slow step does."""
+    monkeypatch.setattr(control, "LOOK_EVERY_S", 0)
+
+
+def test_checkpoints_are_written_on_time_and_the_newest_stay(tmp_path):
+    reported = []
+    outcome = fit(
+        tmp_path,
+        *("steps=14", "checkpoint.every=4", "checkpoint.keep=2"),
+        report=lambda metrics, uri: reported.append((uri, len(metrics) > 0)),
+    )
+    assert reported == [(f"{tmp_path}/checkpoints/{step}", True) for step in (4, 8, 12, 14)]
+    assert steps_kept(tmp_path) == [12, 14]
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["12", "14"]
+    assert outcome["status"] == "finished"
+    assert (outcome["step"], outcome["checkpoint"]) == (14, f"{tmp_path}/checkpoints/14")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_killed_run_ends_bit_for_bit_as_one_that_was_not(tmp_path, kind):
+    """Killed before the first checkpoint, between two, right after one, and in the last step."""
+    settings = (HOOKED, *KINDS[kind])
+    whole = fit(tmp_path / "whole", *settings)
+    for attempt, passes in enumerate((3, 6, 5, 4), start=1):  # in each attempt
+        with pytest.raises(Death):
+            fit(tmp_path / "killed", *settings, hooks={passes: die}, attempt=attempt)
+    pieces = fit(tmp_path / "killed", *settings, attempt=5)
+    assert [event["step"] for event in log_of(tmp_path / "killed", "attempt")] == [0, 0, 4, 8, 8]
+    assert state_of(tmp_path / "killed") == state_of(tmp_path / "whole")
+    assert trace(tmp_path / "killed") == trace(tmp_path / "whole")
+    for outcome in (whole, pieces):
+        outcome["metrics"].pop("train/images_per_s")
+        outcome.pop("checkpoint")
+    assert pieces == whole
+
+
+@pytest.mark.parametrize("step", [1, 6, 8, 11])
+def test_a_request_to_stop_gives_a_checkpoint_at_once_and_the_rest_follows_exactly(tmp_path, monkeypatch, step):
+    look_always(monkeypatch)
+    settings = (HOOKED, "optimizer.ema_decay=0.9")
+    root = Location.of(tmp_path / "stopped")
+    outcome = fit(tmp_path / "stopped", *settings, hooks={step: lambda _: request_stop(root)})
+    assert (outcome["status"], outcome["step"]) == ("stopped", step)
+    assert outcome["checkpoint"] == f"{root.uri}/checkpoints/{step}"
+    assert steps_kept(tmp_path / "stopped")[-1] == step
+    control.clear_request(root)
+    assert fit(tmp_path / "stopped", *settings)["status"] == "finished"
+    fit(tmp_path / "whole", *settings)
+    assert state_of(tmp_path / "stopped") == state_of(tmp_path / "whole")
+    assert trace(tmp_path / "stopped") == trace(tmp_path / "whole")
+
+
+def test_a_request_in_the_last_step_does_not_keep_a_run_from_finishing(tmp_path, monkeypatch):
+    look_always(monkeypatch)
+    root = Location.of(tmp_path)
+    assert fit(tmp_path, HOOKED, hooks={12: lambda _: request_stop(root)})["status"] == "finished"
+
+
+def test_more_steps_go_on_as_if_they_had_been_asked_for_at_once(tmp_path):
+    fit(tmp_path / "more", "steps=7")
+    assert fit(tmp_path / "more", "steps=12")["step"] == 12
+    fit(tmp_path / "once", "steps=12")
+    assert state_of(tmp_path / "more") == state_of(tmp_path / "once")
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+DAMAGE = {
+    "a flipped bit in the weights": lambda d: flip(d / "model.safetensors"),
+    "a flipped bit in the chains": lambda d: flip(d / "chains-00000-of-00001.safetensors"),
+    "a moment cut short": lambda d: (d / "optimizer.safetensors").write_bytes(b"1234"),
+    "a missing generator": lambda d: (d / "rank-00000-of-00001.safetensors").unlink(),
+    "no manifest": lambda d: (d / "manifest.json").unlink(),
+    "half a manifest": lambda d: (d / "manifest.json").write_text('{"schema": 1, "st'),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path, damage):
+    fit(tmp_path)
+    whole = state_of(tmp_path)
+    DAMAGE[damage](tmp_path / "checkpoints" / "12")
+    assert fit(tmp_path, attempt=2)["status"] == "finished"
+    assert log_of(tmp_path, "attempt")[-1]["step"] == 8
+    assert state_of(tmp_path) == whole
+
+
+def test_without_any_good_checkpoint_the_run_does_not_start_anew_by_itself(tmp_path):
+    fit(tmp_path)
+    for step in (4, 8, 12):
+        flip(tmp_path / "checkpoints" / str(step) / "model.safetensors")
+    before = len(log_of(tmp_path))
+    outcome = fit(tmp_path)
+    assert (outcome["status"], outcome["exit_code"]) == ("no good checkpoint", 3)
+    assert outcome["message"].count("SHA-256 differs") == 3
+    assert "--fresh" in outcome["message"]
+    assert len(log_of(tmp_path)) == before, "it trained"
+
+
+def test_a_classifier_runs_no_chains(tmp_path, monkeypatch):
+    def never(*_arguments, **_named):
+        raise AssertionError("a chain was run")
+
+    monkeypatch.setattr("jem.train.sgld_chain", never)
+    outcome = fit(tmp_path, "tracking.images_every=3", recipe="digits_classifier")
+    assert outcome["status"] == "finished"
+    assert not [name for name in newest(tmp_path).files if "chains" in name]
+    assert log_of(tmp_path, "image") == []
+    named = set(outcome["metrics"])
+    assert {"train/cross_entropy", "train/energy_data", "val/accuracy"} <= named
+    assert not named & {"train/energy_samples", "train/energy_gap", "train/chain_grad_norm", "train/reinit_share"}
+
+
+def test_the_first_point_is_that_of_the_first_batch_by_hand(tmp_path):
+    settings = ("steps=1", "tracking.every=1")
+    training = prepared(tmp_path / "by hand", *settings)
+    batch = training.batches.at(0)
+    with torch.no_grad():
+        logits = training.state.network(batch.images)
+    outcome = fit(tmp_path / "run", *settings)
+    metrics = outcome["metrics"]
+    assert metrics["train/cross_entropy"] == pytest.approx(F.cross_entropy(logits, batch.labels).item(), abs=1e-5)
+    assert metrics["train/energy_data"] == pytest.approx(-logits.logsumexp(1).mean().item(), abs=1e-5)
+    assert metrics["train/accuracy"] == pytest.approx((logits.argmax(1) == batch.labels).double().mean().item())
+    gap = metrics["train/energy_data"] - metrics["train/energy_samples"]
+    assert metrics["train/energy_gap"] == pytest.approx(gap, abs=1e-12)
+    assert metrics["train/loss"] == pytest.approx(metrics["train/cross_entropy"] + gap, abs=1e-5)
+    assert metrics["train/learning_rate"] == pytest.approx(0.01 / 2)
+    assert metrics["train/reinit_share"] * 8 == round(metrics["train/reinit_share"] * 8)
+
+
+def test_a_point_averages_the_steps_since_the_one_before(tmp_path):
+    fit(tmp_path / "1", "tracking.every=1")
+    fit(tmp_path / "4", "tracking.every=4")
+    fine, coarse = trace(tmp_path / "1"), trace(tmp_path / "4")
+    assert {step for key, step in coarse if key == "train/loss"} == {4, 8, 12}
+    for key in ("train/loss", "train/accuracy", "train/energy_samples", "train/chain_grad_norm"):
+        for end in (4, 8, 12):
+            mean = sum(fine[key, step] for step in range(end - 3, end + 1)) / 4
+            assert coarse[key, end] == pytest.approx(mean, rel=1e-9)
+
+
+def test_validation_is_measured_on_time_and_pictures_are_drawn_on_time(tmp_path):
+    fit(tmp_path, "evaluate.every=5", "tracking.images_every=6")
+    assert [step for key, step in trace(tmp_path) if key == "val/nll"] == [5, 10, 12]
+    images = log_of(tmp_path, "image")
+    assert [(e["key"], e["step"]) for e in images] == [("samples", 6), ("samples", 12)]
+    with Image.open(tmp_path / images[-1]["path"]) as picture:
+        assert picture.size == (10 * 50 - 2, 10 * 50 - 2)  # 8x8 digits, enlarged to 48x48, with gaps of 2
+
+
+def test_a_picture_of_conditional_chains_has_a_row_for_each_class(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr("orchestrator.worker.grid_png", lambda images, **_: seen.append(images) or b"")
+    settings = ("sgld.conditional=true", "replay.capacity=100", "tracking.images_every=12")
+    fit(tmp_path, *settings)
+    chains = checkpoint.read_chains(newest(tmp_path), prepared(tmp_path, *settings).world, 100)
+    grid = seen[0].unflatten(0, (10, 10))
+    for label in range(10):
+        assert torch.equal(grid[label], chains[label::10])
+
+
+def accuracy(tmp_path, settings, tensors, split="test"):
+    training = prepared(tmp_path / "again", *settings)
+    network, data = training.state.network, getattr(training.data, split)
+    network.load_state_dict(tensors)
+    with torch.no_grad():
+        logits = network.eval()(to_float(data.images, torch.float32))
+    return (logits.argmax(1) == data.labels).double().mean().item()
+
+
+def test_best_weights_are_those_of_the_best_validation(tmp_path):
+    def spoil(network):
+        with torch.no_grad():
+            for p in network.parameters():
+                p.neg_()
+
+    settings = (HOOKED, "evaluate.final=best", "evaluate.every=2", "evaluate.suite=fast")
+    outcome = fit(tmp_path, *settings, "steps=40", hooks={37: spoil})
+    manifest, validated = newest(tmp_path), {s: v for (k, s), v in trace(tmp_path).items() if k == "val/accuracy"}
+    assert outcome["weights"] == manifest.info["final"] == "best"
+    assert manifest.info["best"]["accuracy"] == max(validated.values()) > validated[40]
+    assert validated[manifest.info["best"]["step"]] == max(validated.values())
+    best = accuracy(tmp_path, settings, manifest.tensors("best.safetensors"))
+    last = accuracy(tmp_path, settings, manifest.tensors("model.safetensors"))
+    assert outcome["metrics"]["test/accuracy"] == pytest.approx(best)
+    assert best != last
+    assert outcome["step"] == 40
+
+
+def test_the_averaged_weights_are_evaluated_where_the_setting_says_so(tmp_path):
+    settings = ("optimizer.ema_decay=0.9", "evaluate.ema=true", "evaluate.suite=fast")
+    outcome = fit(tmp_path, *settings, "steps=30")
+    manifest = newest(tmp_path)
+    assert outcome["weights"] == manifest.info["final"] == "ema"
+    average = accuracy(tmp_path, settings, manifest.tensors("ema.safetensors"))
+    assert outcome["metrics"]["test/accuracy"] == pytest.approx(average)
+    assert average != accuracy(tmp_path, settings, manifest.tensors("model.safetensors"))
+    validation = accuracy(tmp_path, settings, manifest.tensors("ema.safetensors"), "validation")
+    assert outcome["metrics"]["val/accuracy"] == pytest.approx(validation)
+
+
+def test_the_last_evaluation_has_all_figures_of_the_fast_suite(tmp_path):
+    metrics = fit(tmp_path, "evaluate.suite=fast")["metrics"]
+    wanted = {f"ood/{s}/{k}/auroc" for s in ("interp", "uniform") for k in ("log_px", "max_py", "approx_mass")}
+    wanted |= {f"{split}/{k}" for split in ("val", "test") for k in ("accuracy", "nll", "ece")}
+    wanted |= {
+        f"train/{k}"
+        for k in (
+            *("loss", "cross_entropy", "energy_data", "energy_samples", "energy_gap", "chain_grad_norm"),
+            *("reinit_share", "accuracy", "images_per_s", "learning_rate"),
+        )
+    }
+    assert wanted <= set(metrics)
+    assert all(math.isfinite(value) for value in metrics.values())
+    assert not [key for key in fit(tmp_path / "none", "evaluate.suite=none")["metrics"] if key.startswith("test/")]
+
+
+def poison(_network):
+    Hooks.output = staticmethod(lambda out: out * math.nan)
+
+
+def test_a_run_whose_every_update_is_not_finite_ends_diverged_and_leaves_good_checkpoints(tmp_path):
+    outcome = fit(tmp_path, HOOKED, "tracking.every=3", hooks={6: poison})
+    assert (outcome["status"], outcome["exit_code"]) == ("diverged", 4)
+    assert "step 9: not one of the last 3 updates was finite" in outcome["message"]
+    assert "optimizer.learning_rate" in outcome["message"]
+    manifest, faults = checkpoint.newest_good(Location.of(tmp_path) / "checkpoints")
+    assert (manifest.step, faults) == (8, [])
+    for name in manifest.files:
+        if name.endswith(".safetensors"):
+            assert all(t.double().isfinite().all() for t in manifest.tensors(name).values()), name
+    assert fit(tmp_path, HOOKED, attempt=2)["status"] == "finished"
+
+
+def test_one_update_that_is_not_finite_is_skipped_and_counted(tmp_path):
+    def poison_once(_network):
+        def output(out):
+            Hooks.output = staticmethod(lambda out: out)
+            return out * math.nan
+
+        Hooks.output = staticmethod(output)
+
+    outcome = fit(tmp_path, HOOKED, "tracking.every=3", hooks={5: poison_once})
+    assert outcome["status"] == "finished", outcome["message"]
+    skipped = {step: v for (key, step), v in trace(tmp_path).items() if key == "train/skipped_updates"}
+    assert skipped == {3: 0, 6: 1, 9: 0, 12: 0}
+    assert all(math.isfinite(value) for value in trace(tmp_path).values())
+
+
+def test_a_data_set_and_a_network_of_ones_own_are_trained_on(tmp_path):
+    settings = (HOOKED, "data.name=worker_runs:bars", "data.options.images=80", "data.noise_std=0")
+    outcome = fit(tmp_path, *settings, "steps=40", "evaluate.suite=fast", "replay.capacity=8")
+    assert outcome["metrics"]["test/accuracy"] == 1.0
+    assert newest(tmp_path).info["classes"] == ["left", "right"]
+    assert newest(tmp_path).info["image_shape"] == [1, 6, 6]
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("model.name=worker_runs:absent", "model.name: is 'worker_runs:absent', but worker_runs has no 'absent'"),
+        ("data.name=no_such_module:f", "there is no module 'no_such_module'; is it on PYTHONPATH"),
+    ],
+)
+def test_a_function_that_is_not_there_is_a_bad_configuration(tmp_path, setting, said):
+    outcome = fit(tmp_path, setting)
+    assert (outcome["status"], outcome["exit_code"]) == ("bad configuration", 2)
+    assert said in outcome["message"]
+
+
+def test_act_norm_starts_from_the_first_batch_once(tmp_path):
+    """Every activation has mean 0 and variance 1 at the start, and a run that goes on keeps what it learnt."""
+    fit(tmp_path, "model.norm=act", "steps=4")
+    kept = newest(tmp_path).tensors("model.safetensors")
+    training = prepared(tmp_path, "model.norm=act")
+    assert all(torch.equal(kept[k], v) for k, v in training.state.network.state_dict().items())
+    fresh = prepared(tmp_path / "fresh", "model.norm=act")
+    with torch.no_grad():
+        first = fresh.state.network[:2](fresh.batches.at(0).images)
+    assert first.mean(dim=(0, 2, 3)).abs().max() < 1e-4
+    assert (first.std(dim=(0, 2, 3)) - 1).abs().max() < 1e-3
+
+
+# Two ranks. They are started once; what each story left is looked at in the tests below.
+
+
+def stories(world, folder):
+    """Run on each of two ranks."""
+    folder, told = Path(folder), {}
+    control.LOOK_EVERY_S = 0
+    jem = (HOOKED, "workers=2", "batch_size=7", "replay.capacity=25", "optimizer.ema_decay=0.9", "evaluate.final=best")
+    reports = []
+    told["whole"] = fit(folder / "whole", *jem, world=world, report=lambda *r: reports.append(r))
+    told["reports"] = reports
+    for attempt, passes in enumerate((3, 6), start=1):
+        with pytest.raises(Death):
+            fit(folder / "killed", *jem, world=world, hooks={passes: die}, attempt=attempt)
+    told["killed"] = fit(folder / "killed", *jem, world=world, attempt=3)
+
+    root = Location.of(folder / "stopped")
+    ask = {6: lambda _: request_stop(root)} if world.rank == 0 else {}
+    told["stopped"] = fit(folder / "stopped", *jem, world=world, hooks=ask)
+    world.barrier()
+    if world.rank == 0:
+        control.clear_request(root)
+    world.barrier()
+    told["gone on"] = fit(folder / "stopped", *jem, world=world)
+
+    exact = ("workers=2", "precision=float64", "evaluate.suite=fast")
+    told["classifier"] = fit(folder / "classifier", *exact, world=world, recipe="digits_classifier")
+    told["no data"] = fit(folder / "a", "data.name=worker_runs:missing_on_rank_1", "workers=2", world=world)
+    told["no network"] = fit(folder / "b", "model.name=worker_runs:unfit_on_rank_1", "workers=2", world=world)
+    nan = {6: poison} if world.rank == 1 else {}
+    told["diverged"] = fit(folder / "diverged", HOOKED, "workers=2", world=world, hooks=nan)
+    return told
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    return folder, run_ranks(stories, (2,), folder / "meet", str(folder))[2]
+
+
+def same(told, story, key):
+    assert told[0][story][key] == told[1][story][key]
+    return told[0][story][key]
+
+
+def test_two_ranks_that_are_killed_end_bit_for_bit_as_two_that_are_not(two_ranks):
+    folder, _ = two_ranks
+    assert [event["step"] for event in log_of(folder / "killed", "attempt")] == [0, 0, 4]
+    assert state_of(folder / "killed") == state_of(folder / "whole")
+    assert trace(folder / "killed") == trace(folder / "whole")
+    assert {"chains-00000-of-00002.safetensors", "chains-00001-of-00002.safetensors"} <= set(state_of(folder / "whole"))
+
+
+def test_two_ranks_stop_at_the_same_step_and_go_on_exactly(two_ranks):
+    folder, told = two_ranks
+    assert same(told, "stopped", "status") == "stopped"
+    assert same(told, "stopped", "step") == 6
+    assert same(told, "gone on", "status") == "finished"
+    assert state_of(folder / "stopped") == state_of(folder / "whole")
+    assert trace(folder / "stopped") == trace(folder / "whole")
+
+
+def test_every_rank_reports_every_checkpoint_and_returns_the_same(two_ranks):
+    folder, told = two_ranks
+    for rank in told:
+        assert [Path(uri).name for _, uri in rank["reports"]] == ["4", "8", "12"]
+    metrics = [{k: v for k, v in rank["whole"]["metrics"].items() if k != "train/images_per_s"} for rank in told]
+    assert metrics[0] == metrics[1]
+    assert same(told, "whole", "checkpoint") == f"{folder}/whole/checkpoints/12"
+
+
+def test_metrics_are_those_of_the_whole_batch_whatever_the_number_of_ranks(two_ranks, tmp_path):
+    folder, told = two_ranks
+    alone = fit(tmp_path, "precision=float64", "evaluate.suite=fast", recipe="digits_classifier")["metrics"]
+    for rank in told:
+        shared = rank["classifier"]["metrics"]
+        assert shared.keys() == alone.keys()
+        for key in alone.keys() - {"train/images_per_s"}:
+            assert shared[key] == pytest.approx(alone[key], rel=1e-9, abs=1e-9), key
+    one, two = trace(tmp_path), trace(folder / "classifier")
+    assert one.keys() == two.keys()
+    assert all(two[key] == pytest.approx(one[key], rel=1e-9, abs=1e-9) for key in one)
+
+
+@pytest.mark.parametrize(
+    ("story", "message"),
+    [("no data", "the disk of rank 1 has no images"), ("no network", "rank 1 cannot make the network")],
+)
+def test_an_error_of_one_rank_is_the_same_clear_error_on_all(two_ranks, story, message):
+    _, told = two_ranks
+    assert same(told, story, "status") == "bad data"
+    assert same(told, story, "message") == message
+
+
+def test_what_is_not_finite_on_one_rank_ends_the_run_on_all(two_ranks):
+    folder, told = two_ranks
+    assert same(told, "diverged", "status") == "diverged"
+    assert same(told, "diverged", "exit_code") == 4
+    manifest, faults = checkpoint.newest_good(Location.of(folder / "diverged") / "checkpoints")
+    assert (manifest.step, faults) == (8, [])
+
+
+def test_a_picture_is_a_png_that_holds_the_chains(tmp_path):
+    fit(tmp_path, "steps=1", "sgld.noise_scale=0")
+    data = (tmp_path / "samples" / "00000001.png").read_bytes()
+    pixels = np.asarray(Image.open(io.BytesIO(data)))
+    assert pixels.shape == (498, 498, 3)
+    assert pixels.std() > 10
