@@ -22,6 +22,8 @@ from jem.replay import ReplayBuffer
 from jem.sgld import Transition, sgld_chain
 from jem.world import World
 
+ALONE = World()
+
 
 @dataclass
 class TrainState:
@@ -63,7 +65,13 @@ class Samples(NamedTuple):
     lost_chains: Tensor
 
 
-def start(config: JEMConfig, shape: ImageShape, n_classes: int, world: World, device: torch.device) -> TrainState:
+def start(
+    config: JEMConfig,
+    shape: ImageShape,
+    n_classes: int,
+    world: World = ALONE,
+    device: torch.device | str = "cpu",
+) -> TrainState:
     """A state at step 0; weights are the same on every rank, chains are each rank's own."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(config.seed, "weights"))
@@ -89,7 +97,7 @@ def train(
     batch_at: Callable[[int], Batch],
     config: JEMConfig,
     steps: int,
-    world: World | None = None,
+    world: World = ALONE,
     wrapped: nn.Module | None = None,
 ) -> Iterator[StepInfo]:
     """Train `state` until `steps` optimiser steps are done, yielding what each saw.
@@ -98,7 +106,7 @@ def train(
     DistributedDataParallel where there are several workers.
     """
     while state.step < steps:
-        yield train_step(state, batch_at(state.step), config, world or World(), wrapped)
+        yield train_step(state, batch_at(state.step), config, world, wrapped)
 
 
 def train_step(

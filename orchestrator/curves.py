@@ -47,3 +47,8 @@ def read_series(log_path: Path) -> dict[str, dict[int, float]]:
             for key, value in event["metrics"].items():
                 series[key][event["step"]] = value
     return series
+
+
+def latest(log_path: Path) -> dict[str, float]:
+    """The last value of each metric: what is known of a run that did not finish."""
+    return {key: points[max(points)] for key, points in read_series(log_path).items()}

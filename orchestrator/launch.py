@@ -18,7 +18,7 @@ from jem.files import Location
 from orchestrator.command import RAY_THREAD
 from orchestrator.config import RunConfig, to_yaml
 from orchestrator.control import clear_request
-from orchestrator.curves import curves_png
+from orchestrator.curves import curves_png, latest
 from orchestrator.events import EventLog
 from orchestrator.facts import facts
 from orchestrator.mirror import Mirror, spool_of
@@ -155,7 +155,7 @@ class Attempt:
             name=self.record.name,
             checkpoint=outcome.get("checkpoint") or next((d.uri for d in newest), None),
             step=outcome.get("step", next((int(d.name) for d in newest), 0)),
-            metrics=outcome.get("metrics", {}),
+            metrics=outcome.get("metrics") or latest(self.log_path),
             status=status,
             weights=outcome.get("weights"),
             samples=self._newest_picture(),

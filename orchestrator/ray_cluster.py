@@ -143,11 +143,9 @@ def _worker(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check(config: RunConfig, cluster: Cluster) -> None:
-    if config.device == "cuda" and cluster.gpus < config.workers:
+    if config.device == "cuda" and cluster.gpus < config.workers and cluster.private:
         message = f"is {config.workers}, but there are {cluster.gpus:g} GPUs; lower it, or set device=cpu"
         raise ConfigError([Problem("workers", message)])
-    if not cluster.private and cluster.cpus < config.workers:
-        print(
-            f"workers={config.workers}, but the cluster has {cluster.cpus:g} CPUs at present: waiting for more",
-            file=sys.stderr,
-        )
+    has, what = (cluster.gpus, "GPUs") if config.device == "cuda" else (cluster.cpus, "CPUs")
+    if has < config.workers:  # an autoscaler may bring them
+        print(f"workers={config.workers}, the cluster has {has:g} {what} at present: waiting for more", file=sys.stderr)

@@ -57,14 +57,20 @@ def show(result: Result) -> None:
     from rich.table import Table
 
     console = Console(width=100)
-    table = Table(title=f"{result.name}: {result.status} at step {result.step}", title_justify="left")
+    console.print(f"{result.name}: {result.status} at step {result.step}", soft_wrap=True, highlight=False)
+    table = Table()  # a title would be broken to the width of the columns
     table.add_column("metric")
     table.add_column("value", justify="right")
     for name, value in result.metrics.items():
         if not name.startswith("train/"):
             table.add_row(name, f"{value:.4f}")
     console.print(table)
-    lines = {"checkpoint": result.checkpoint, "final weights": result.weights, "samples": result.samples, "curves": result.curves}
+    lines = {
+        "checkpoint": result.checkpoint,
+        "final weights": result.weights,
+        "samples": result.samples,
+        "curves": result.curves,
+    }
     for label, text in lines.items():
         if text:
             console.print(f"{label}: {text}", soft_wrap=True, highlight=False)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 
 import pytest
 import torch
-from spawn import run_ranks
+from rank_stories import first_stop
 
 from jem.files import Location
 from jem.world import World
@@ -19,16 +18,6 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def root(tmp_path):
     return Location.of(tmp_path / "run")
-
-
-def first_stop(control, steps, pause=0.0, request=None):
-    for step in range(1, steps + 1):
-        time.sleep(pause)
-        if request and step == request[0]:
-            request_stop(request[1])
-        if control.stop_requested(step):
-            return step
-    return None
 
 
 def test_a_request_that_is_there_is_heeded_in_the_first_step(root):
@@ -82,14 +71,6 @@ def test_a_request_is_heeded_within_about_a_second(root):
     assert time.monotonic() - asked < 2.5
 
 
-def ask(world, folder):
-    """Only rank 0 can see the request: rank 1 looks elsewhere. Rank 1's steps take longer, too."""
-    root = Location.of(Path(folder) / str(world.rank))
-    control = Control(world, root, CPU)
-    request = (60, root) if world.rank == 0 else None
-    return first_stop(control, 400, pause=0.002 * (1 + world.rank), request=request)
-
-
-def test_ranks_stop_at_the_same_step_though_only_rank_0_sees_the_request(tmp_path):
-    steps = run_ranks(ask, (2,), tmp_path / "meet", str(tmp_path))[2]
-    assert steps[0] == steps[1] >= 60
+def test_ranks_stop_at_the_same_step_though_only_rank_0_sees_the_request(two_ranks):
+    steps = [rank["asked"] for rank in two_ranks[1]]
+    assert steps[0] == steps[1] >= 20

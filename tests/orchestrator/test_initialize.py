@@ -7,7 +7,6 @@ import pickle
 import pytest
 import torch
 from safetensors.torch import save_file
-from spawn import run_ranks
 from worker_runs import fit, newest, prepared, tiny
 
 from jem import checkpoint
@@ -69,17 +68,13 @@ def test_a_classifiers_checkpoint_becomes_a_jem(tmp_path):
     assert fit(tmp_path / "new", init_from=outcome["checkpoint"])["status"] == "finished"
 
 
-def test_two_ranks_take_the_same_weights_and_share_the_chains(tmp_path):
-    outcome = fit(tmp_path / "old", "replay.capacity=25")
-    one, two = run_ranks(_two, (2,), tmp_path / "meet", str(tmp_path / "new"), outcome["checkpoint"])[2]
-    assert equal(one[0], two[0])
-    assert equal(one[0], newest(tmp_path / "old").tensors("model.safetensors"))
-    assert torch.equal(torch.cat([one[1], two[1]]), chains_of(tmp_path / "old", 25))
-
-
-def _two(world, folder, source):
-    training = prepared(folder, "workers=2", "replay.capacity=25", world=world, init_from=source)
-    return weights(training), training.state.replay.chains
+def test_two_ranks_take_the_same_weights_and_share_the_chains(two_ranks):
+    folder, told = two_ranks
+    (weights_0, chains_0), (weights_1, chains_1) = (rank["taken"] for rank in told)
+    assert equal(weights_0, weights_1)
+    assert equal(weights_0, newest(folder / "whole").tensors("best.safetensors"))
+    manifest = newest(folder / "whole")
+    assert torch.equal(torch.cat([chains_0, chains_1]), checkpoint.read_chains(manifest, World(), 25))
 
 
 FORMS = {
@@ -142,9 +137,9 @@ BAD = {
     "text.pt": (lambda path: path.write_text("hello"), "is not a file of tensors"),
     "text.safetensors": (lambda path: path.write_text("hello"), "is not a file of tensors"),
     "list.pt": (lambda path: torch.save([torch.zeros(1)], path), "is not a state_dict"),
-    "absent.pt": (lambda path: None, "there is no"),
+    "absent.pt": (lambda _: None, "there is no"),
     "empty": (lambda path: path.mkdir(), "there is no"),
-    "nonsense://a/b.pt": (lambda path: None, "not a location that pyarrow can open"),
+    "nonsense://a/b.pt": (lambda _: None, "not a location that pyarrow can open"),
 }
 
 

@@ -11,7 +11,6 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 from PIL import Image
-from spawn import run_ranks
 from worker_runs import (
     HOOKED,
     Death,
@@ -20,6 +19,7 @@ from worker_runs import (
     fit,
     log_of,
     newest,
+    poison,
     prepared,
     state_of,
     steps_kept,
@@ -264,10 +264,6 @@ def test_the_last_evaluation_has_all_figures_of_the_fast_suite(tmp_path):
     assert not [key for key in fit(tmp_path / "none", "evaluate.suite=none")["metrics"] if key.startswith("test/")]
 
 
-def poison(_network):
-    Hooks.output = staticmethod(lambda out: out * math.nan)
-
-
 def test_a_run_whose_every_update_is_not_finite_ends_diverged_and_leaves_good_checkpoints(tmp_path):
     outcome = fit(tmp_path, HOOKED, "tracking.every=3", hooks={6: poison})
     assert (outcome["status"], outcome["exit_code"]) == ("diverged", 4)
@@ -330,44 +326,7 @@ def test_act_norm_starts_from_the_first_batch_once(tmp_path):
     assert (first.std(dim=(0, 2, 3)) - 1).abs().max() < 1e-3
 
 
-# Two ranks. They are started once; what each story left is looked at in the tests below.
-
-
-def stories(world, folder):
-    """Run on each of two ranks."""
-    folder, told = Path(folder), {}
-    control.LOOK_EVERY_S = 0
-    jem = (HOOKED, "workers=2", "batch_size=7", "replay.capacity=25", "optimizer.ema_decay=0.9", "evaluate.final=best")
-    reports = []
-    told["whole"] = fit(folder / "whole", *jem, world=world, report=lambda *r: reports.append(r))
-    told["reports"] = reports
-    for attempt, passes in enumerate((3, 6), start=1):
-        with pytest.raises(Death):
-            fit(folder / "killed", *jem, world=world, hooks={passes: die}, attempt=attempt)
-    told["killed"] = fit(folder / "killed", *jem, world=world, attempt=3)
-
-    root = Location.of(folder / "stopped")
-    ask = {6: lambda _: request_stop(root)} if world.rank == 0 else {}
-    told["stopped"] = fit(folder / "stopped", *jem, world=world, hooks=ask)
-    world.barrier()
-    if world.rank == 0:
-        control.clear_request(root)
-    world.barrier()
-    told["gone on"] = fit(folder / "stopped", *jem, world=world)
-
-    exact = ("workers=2", "precision=float64", "evaluate.suite=fast")
-    told["classifier"] = fit(folder / "classifier", *exact, world=world, recipe="digits_classifier")
-    told["no data"] = fit(folder / "a", "data.name=worker_runs:missing_on_rank_1", "workers=2", world=world)
-    told["no network"] = fit(folder / "b", "model.name=worker_runs:unfit_on_rank_1", "workers=2", world=world)
-    nan = {6: poison} if world.rank == 1 else {}
-    told["diverged"] = fit(folder / "diverged", HOOKED, "workers=2", world=world, hooks=nan)
-    return told
-
-
-@pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ranks")
-    return folder, run_ranks(stories, (2,), folder / "meet", str(folder))[2]
+# Two ranks: what rank_stories.py has them do.
 
 
 def same(told, story, key):

@@ -1,0 +1,217 @@
+"""jobs/train.py with Ray Train, MLflow and signals, all real. Each fit costs 10 to 30 s: there are seven."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import time
+from pathlib import Path
+
+import pytest
+from commands import Command, Tracked, bring, log_of, train
+from PIL import Image
+
+from jem import checkpoint
+from jem.files import Location
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(400), pytest.mark.xdist_group("ray")]
+
+TINY = (
+    *("digits", "workers=2", "batch_size=8", "model.name=slow_net:slow", "model.channels=[4]"),
+    *("optimizer.warmup_steps=2", "optimizer.ema_decay=0.9", "sgld.steps=2", "replay.capacity=24"),
+    *("checkpoint.every=10", "tracking.every=5", "tracking.images_every=10", "evaluate.every=10"),
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Where the commands are typed."""
+    folder = tmp_path_factory.mktemp("typed")
+    bring(folder, "slow_net.py")
+    return folder
+
+
+@pytest.fixture
+def start(folder):
+    """Start a command; afterwards none of its processes may be left."""
+    commands = []
+
+    def begin(*arguments):
+        commands.append(Command(folder, *TINY, *arguments))
+        return commands[-1]
+
+    yield begin
+    left = [process for command in commands for process in command.left()]
+    for command in commands:
+        command.kill()
+    assert left == [], "processes were left behind"
+
+
+def manifests(run):
+    return [checkpoint.read_manifest(d) for d in checkpoint.committed(Location.of(run) / "checkpoints")]
+
+
+def state_at(run, step):
+    """Digests of weights, average, moments, chains and generators."""
+    manifest = next(m for m in manifests(run) if m.step == step)
+    return {name: entry["sha256"] for name, entry in manifest.files.items() if name != "events.jsonl"}
+
+
+def once_each(points):
+    places = [(key, step) for key, step, _ in points]
+    return len(places) == len(set(places))
+
+
+@pytest.fixture(scope="module")
+def first(folder):
+    """The first fit: 20 steps."""
+    return train(folder, *TINY, "name=first", "steps=20")
+
+
+def test_a_run_ends_with_its_result_its_folder_and_its_mlflow_run(folder, first):
+    assert first.code == 0, first.err
+    run, result = folder / "runs" / "first", first.result
+    assert (result["name"], result["status"], result["step"]) == ("first", "finished", 20)
+    assert result["checkpoint"] == f"{run}/checkpoints/20"
+    wanted = {"test/accuracy", "ood/uniform/log_px/auroc", "val/ece", "train/energy_gap", "train/images_per_s"}
+    assert wanted <= result["metrics"].keys()
+    assert "first: finished at step 20" in first.out, "a table for people comes before the JSON"
+
+    record = json.loads((run / "run.json").read_text())
+    assert (record["name"], record["status"]) == ("first", "finished")
+    assert record["mlflow"]["run_id"] == result["run_id"]
+    assert [a["number"] for a in record["attempts"]] == [1]
+    assert (run / "ray" / "attempt-1").is_dir(), "each attempt has its own Ray run"
+    assert [m.step for m in manifests(run)] == [20, 10]
+    assert manifests(run)[0].world_size == 2
+    with Image.open(result["samples"]) as picture:
+        picture.load()
+        assert picture.format == "PNG"
+        assert picture.size == (498, 498)
+
+    tracked = Tracked(folder / "runs" / "mlflow.db", result["run_id"])
+    assert tracked.status == "FINISHED"
+    assert tracked.params == {key: str(value) for key, value in record["science"].items()} | {
+        key: str(tuple(value)) for key, value in record["science"].items() if isinstance(value, list)
+    }
+    tags = tracked.tags
+    assert {"host", "git.commit", "version.torch", "version.ray", "steps", "attempts"} <= tags.keys()
+    assert "workers=2" in tags["attempts"]
+    points = tracked.points
+    assert once_each(points)
+    assert {step for key, step, _ in points if key == "train/loss"} == {5, 10, 15, 20}
+    assert {step for key, step, _ in points if key == "val/accuracy"} == {10, 20}
+    assert {(key, value) for key, step, value in points if step == 20 and key.startswith(("test/", "ood/"))} == {
+        (key, value) for key, value in result["metrics"].items() if key.startswith(("test/", "ood/"))
+    }
+    images = folder / "runs" / "mlartifacts" / result["run_id"] / "artifacts" / "images"
+    assert {p.name.split("+")[2] for p in images.glob("samples+step+*.png")} == {"10", "20"}
+
+
+def test_the_same_command_again_trains_nothing_and_prints_the_same(folder, first):
+    before = len(log_of(folder / "runs" / "first"))
+    again = train(folder, *TINY, "name=first", "steps=20")
+    assert (again.code, again.result) == (0, first.result)
+    fewer = train(folder, *TINY, "name=first", "steps=10", "workers=1", "tracking.every=7")
+    assert (fewer.code, fewer.result) == (0, first.result)
+    assert len(log_of(folder / "runs" / "first")) == before
+    other = train(folder, *TINY, "name=first", "steps=20", "seed=5")
+    assert (other.code, other.result["status"]) == (2, "bad configuration")
+    assert "seed: is 5" in other.result["message"]
+
+
+@pytest.fixture(scope="module")
+def more(folder, first):
+    """The second fit: 10 steps more."""
+    return train(folder, *TINY, "name=first", "steps=30")
+
+
+def test_more_steps_go_on_in_the_same_mlflow_run(folder, first, more):
+    assert more.code == 0, more.err
+    assert more.result["step"] == 30
+    assert more.result["run_id"] == first.result["run_id"]
+    run = folder / "runs" / "first"
+    assert [event["step"] for event in log_of(run, "attempt")] == [0, 20]
+    assert [a["number"] for a in json.loads((run / "run.json").read_text())["attempts"]] == [1, 2]
+    assert (run / "ray" / "attempt-2").is_dir()
+    tracked = Tracked(folder / "runs" / "mlflow.db", more.result["run_id"])
+    assert tracked.status == "FINISHED"
+    assert once_each(tracked.points)
+    assert {step for key, step, _ in tracked.points if key == "train/loss"} == {5, 10, 15, 20, 25, 30}
+    assert {step for key, step, _ in tracked.points if key == "test/accuracy"} == {20, 30}
+
+
+def test_sigterm_gives_a_checkpoint_and_the_same_command_goes_on(folder, start):
+    """Two fits; and while the first runs, a second driver is turned away."""
+    arguments = ("name=stopped", "steps=60", "model.options.pause=0.2")
+    run = folder / "runs" / "stopped"
+    command = start(*arguments)
+    command.wait_until(lambda: log_of(run, "checkpoint"))
+    second = train(folder, *TINY, *arguments)
+    assert second.code == 2
+    assert f"pid {command.process.pid} on {socket.gethostname()} is working on this run" in second.result["message"]
+
+    asked = time.monotonic()
+    command.process.send_signal(signal.SIGTERM)
+    ended = command.end()
+    assert ended.code == 143, ended.err
+    assert time.monotonic() - asked < 40
+    result = ended.result
+    assert result["status"] == "stopped"
+    assert 10 < result["step"] < 60
+    assert result["checkpoint"] == f"{run}/checkpoints/{result['step']}"
+    assert manifests(run)[0].step == result["step"]
+    tracked = Tracked(folder / "runs" / "mlflow.db", result["run_id"])
+    assert tracked.status == "KILLED"
+    record = json.loads((run / "run.json").read_text())
+    assert (record["status"], record["attempts"][-1]["status"]) == ("stopped", "stopped")
+
+    finished = start(*arguments).end()
+    assert finished.code == 0, finished.err
+    assert finished.result["run_id"] == result["run_id"]
+    assert [event["step"] for event in log_of(run, "attempt")] == [0, result["step"]]
+    assert tracked.status == "FINISHED"
+    assert once_each(tracked.points)
+    assert {step for key, step, _ in tracked.points if key == "train/loss"} == set(range(5, 61, 5))
+
+
+def test_a_run_recovers_by_itself_from_a_killed_worker_and_ends_as_if_nothing_had_been(folder, start, more):
+    run = folder / "runs" / "killed"
+    command = start("name=killed", "steps=30", "model.options.pause=0.3")
+    command.wait_until(lambda: log_of(run, "checkpoint"))
+    workers = command.train_workers()
+    assert len(workers) == 2
+    workers[1].kill()
+    ended = command.end()
+    assert ended.code == 0, ended.err
+    assert (ended.result["status"], ended.result["step"]) == ("finished", 30)
+    starts = [event["step"] for event in log_of(run, "attempt")]
+    assert starts == [0, 10], "at most one interval between checkpoints is run again"
+    assert state_at(run, 30) == state_at(folder / "runs" / "first", 30)
+    tracked = Tracked(folder / "runs" / "mlflow.db", ended.result["run_id"])
+    assert tracked.status == "FINISHED"
+    assert once_each(tracked.points)
+    assert {step for key, step, _ in tracked.points if key == "train/loss"} == set(range(5, 31, 5))
+
+
+def test_a_run_whose_data_are_missing_ends_at_once_with_the_reason(folder, start):
+    ended = start("name=missing", "steps=20", "data.name=slow_net:absent").end()
+    assert ended.code == 2, ended.err
+    assert (ended.result["status"], ended.result["checkpoint"]) == ("bad data", None)
+    assert ended.result["message"] == "the disk with the images is not mounted"
+    assert "Traceback" not in ended.err
+    assert Tracked(folder / "runs" / "mlflow.db", ended.result["run_id"]).status == "FAILED"
+    no_gpu = start("name=gpu", "steps=20", "device=cuda", "workers=5").end()
+    assert no_gpu.code == 2, no_gpu.err
+    assert "workers: is 5, but there are 0 GPUs" in no_gpu.result["message"]
+
+
+def test_a_diverged_run_ends_with_exit_code_4_and_its_last_good_checkpoint(folder, start):
+    ended = start("name=diverged", "steps=40", "model.options.nan_after=12").end()
+    assert ended.code == 4, ended.err
+    assert (ended.result["status"], ended.result["step"]) == ("diverged", 10)
+    assert ended.result["checkpoint"] == f"{folder}/runs/diverged/checkpoints/10"
+    assert "step 20: not one of the last 5 updates was finite" in ended.result["message"]
+    assert "Traceback" not in ended.err
+    assert Path(ended.result["checkpoint"], "manifest.json").exists()

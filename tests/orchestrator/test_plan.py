@@ -1,0 +1,96 @@
+"""--dry-run: the figures of a run that is not started."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from orchestrator.config import load_run_config
+from orchestrator.plan import forward_cost, passes, plan
+
+NET = ("model.name=small_conv", "model.channels=[4, 8]", "batch_size=16", "replay.capacity=100")
+
+
+def config(*settings, recipe="digits"):
+    return load_run_config(recipe, [*settings])
+
+
+def test_the_figures_of_a_small_network_are_those_by_hand(capsys):
+    """Two 3x3 convolutions on 8x8 (the second with stride 2, as channels grow) and a linear layer on 4x4."""
+    result = plan(config(*NET, "workers=3", "sgld.steps=7", "optimizer.ema_decay=0.9"))
+    parameters = (9 * 1 * 4 + 4) + (9 * 4 * 8 + 8) + (8 * 16 * 10 + 10)
+    macs = 9 * 1 * 4 * 64 + 9 * 4 * 8 * 16 + 8 * 16 * 10
+    assert result.metrics["parameters"] == parameters
+    assert result.metrics["flop_per_image"] == 2 * macs
+    assert result.metrics["flop_per_step"] == 2 * macs * (2 * 7 + 6) * 16
+    assert result.metrics["times_a_classifier"] == pytest.approx((2 * 7 + 6) / 3)
+    assert result.metrics["weights_bytes"] == parameters * 4 * 5  # weights, gradients, two moments, average
+    assert result.metrics["replay_bytes_per_worker"] == 34 * 64 * 4  # 100 chains over 3
+    assert result.metrics["data_bytes_per_worker"] == 1797 * 64
+    out = capsys.readouterr().out
+    assert f"{parameters:,}" in out
+    assert "1 x 8 x 8, 10 classes" in out
+    assert "embedded in scikit-learn" in out
+    assert result.status == "planned"
+    assert result.name == config(*NET, "sgld.steps=7", "optimizer.ema_decay=0.9").name
+
+
+@pytest.mark.parametrize(
+    ("settings", "cost"),
+    [
+        ((), 46),  # fully labelled: 20 x 2F + 3F (data) + 3F (samples)
+        (("data.labels_per_class=4000",), 49),  # with the labelled batch apart
+        (("sgld.steps=5",), 16),
+        (("objective.p_x_weight=0",), 3),
+        (("sgld.steps=5", "data.labels_per_class=4", "data.labelled_batch_size=32"), 17.5),
+    ],
+)
+def test_a_steps_cost_in_forward_passes_is_the_papers_arithmetic(settings, cost):
+    assert passes(config(*settings, recipe="cifar10_paper")) == cost
+
+
+def test_the_papers_network_costs_what_is_known_of_it():
+    """WRN-28-10: 36.5 million parameters, 5.2 G multiply-adds an image; 0.7 more where a block halves in its second
+    convolution, as in JEM's released code."""
+    result = plan(config(recipe="cifar10_paper"))
+    assert 36.4e6 < result.metrics["parameters"] < 36.6e6
+    assert 11.8e9 < result.metrics["flop_per_image"] < 12.0e9
+    assert result.metrics["times_a_classifier"] == pytest.approx(46 / 3)
+
+
+def test_a_classifier_keeps_no_chains(capsys):
+    result = plan(config(recipe="digits_classifier"))
+    assert result.metrics["replay_bytes_per_worker"] == 0
+    assert result.metrics["times_a_classifier"] == 1
+
+
+def test_data_that_are_not_there_are_not_needed(tmp_path, capsys):
+    result = plan(config(f"data.root={tmp_path}/nowhere", recipe="cifar10"))
+    out = capsys.readouterr().out
+    assert f"{tmp_path}/nowhere" in out
+    assert "to be downloaded" in out
+    assert "train 45,000, validation 5,000, test 10,000" in out
+    assert result.metrics["parameters"] > 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_data_that_only_their_function_knows_are_said_to_be_unknown(capsys):
+    result = plan(config("data.name=mine:data"))
+    assert "made by the function mine:data" in capsys.readouterr().out
+    assert result.metrics == {}
+    assert result.exit_code == 0
+
+
+def test_nothing_is_computed_and_leaf_outputs_are_counted():
+    with torch.device("meta"):
+        network = nn.Sequential(nn.Conv2d(1, 2, 3, padding=1), nn.LeakyReLU(), nn.Flatten(), nn.Linear(2 * 16, 5))
+    flop, held = forward_cost(network, (1, 4, 4))
+    assert flop == 2 * (9 * 2 * 16 + 32 * 5)
+    assert held == 32 + 32 + 32 + 5
+
+
+def test_the_folder_is_where_the_run_would_be(tmp_path, capsys):
+    planned = plan(config(f"storage_path={tmp_path}/runs"))
+    assert f"{tmp_path}/runs/{planned.name}" in capsys.readouterr().out
+    assert not (tmp_path / "runs").exists()
