@@ -86,7 +86,12 @@ class Location:
     def write(self, data: bytes) -> None:
         """Write the whole file; a reader never sees half of it, and a crash leaves the old one."""
         if not self.is_local:
-            with self.fs.open_output_stream(self.path) as stream:
+            try:
+                stream = self.fs.open_output_stream(self.path)
+            except FileNotFoundError:  # not an object store, but a filesystem that has folders
+                self.parent.mkdir()
+                stream = self.fs.open_output_stream(self.path)
+            with stream:
                 stream.write(data)
             return
         target = self.local

@@ -57,6 +57,7 @@ class Mirror:
             step = int(directory.name)
             if step not in self.done:
                 self._take(checkpoint.read_manifest(directory).read("events.jsonl"))
+                self.log.append("checkpoint", step=step)  # it cannot carry its own commit
                 self.done.add(step)
 
     def _take(self, lines: bytes) -> None:

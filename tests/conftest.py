@@ -4,7 +4,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 from jaxtyping import install_import_hook
+
+settings.register_profile("any machine", deadline=None)  # a busy machine is no failure
+settings.load_profile("any machine")
 
 # tests/ comes first on the path, and tests/jem would be taken for the package; so the root goes before it.
 sys.path.insert(0, str(Path(__file__).parents[1]))

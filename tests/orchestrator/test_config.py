@@ -8,11 +8,14 @@ import json
 import pytest
 import yaml
 
-from jem.config import SCIENCE
 from jem.errors import ConfigError
 from jem.settings import digest, flatten
 from orchestrator.config import RunConfig, bundled_recipes, from_flat, load_run_config, to_yaml
 
+SCIENCE = (
+    *("seed", "batch_size", "precision", "init_from"),
+    *("model", "data", "optimizer", "sgld", "replay", "objective"),
+)
 FAMILIES = ("digits", "mnist5k", "fashion_mnist", "cifar10", "cifar100", "svhn")
 
 OTHER = {

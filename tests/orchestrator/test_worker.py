@@ -107,6 +107,15 @@ def test_more_steps_go_on_as_if_they_had_been_asked_for_at_once(tmp_path):
     assert state_of(tmp_path / "more") == state_of(tmp_path / "once")
 
 
+def test_a_run_that_is_done_is_not_trained_again_and_has_its_metrics(tmp_path):
+    done = fit(tmp_path)
+    state = state_of(tmp_path)
+    assert fit(tmp_path, attempt=2) == done
+    assert state_of(tmp_path) == state
+    since = log_of(tmp_path)[log_of(tmp_path).index(log_of(tmp_path, "attempt")[-1]) :]
+    assert not [event for event in since if event["kind"] in ("metrics", "checkpoint", "image")]
+
+
 def flip(path):
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1

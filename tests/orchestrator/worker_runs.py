@@ -64,7 +64,8 @@ def poison(_network):
 
 
 def newest(folder):
-    return checkpoint.read_manifest(checkpoint.committed(Location.of(folder) / "checkpoints")[0])
+    root = folder if isinstance(folder, Location) else Location.of(folder)
+    return checkpoint.read_manifest(checkpoint.committed(root / "checkpoints")[0])
 
 
 def steps_kept(folder):
