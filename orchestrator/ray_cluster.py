@@ -75,7 +75,7 @@ def train_on_ray(
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
-    from orchestrator.worker import Job
+    from orchestrator.training import Job
 
     if not cluster.private and not root.is_local:  # the driver's log is filled from checkpoints, see Mirror
         log_path = log_path.with_name("events-of-rank-0.jsonl")
@@ -110,7 +110,8 @@ def _worker(arguments: dict[str, Any]) -> dict[str, Any]:
     from ray.train import Checkpoint, CheckpointUploadMode
 
     from jem.world import World
-    from orchestrator.worker import Job, run
+    from orchestrator.training import Job
+    from orchestrator.worker import run
 
     job: Job = arguments["job"]
     context = ray.train.get_context()

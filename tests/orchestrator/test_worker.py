@@ -208,7 +208,7 @@ def test_validation_is_measured_on_time_and_pictures_are_drawn_on_time(tmp_path)
 
 def test_a_picture_of_conditional_chains_has_a_row_for_each_class(tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr("orchestrator.worker.grid_png", lambda images, **_: seen.append(images) or b"")
+    monkeypatch.setattr("orchestrator.training.grid_png", lambda images, **_: seen.append(images) or b"")
     settings = ("sgld.conditional=true", "replay.capacity=100", "tracking.images_every=12")
     fit(tmp_path, *settings)
     chains = checkpoint.read_chains(newest(tmp_path), prepared(tmp_path, *settings).world, 100)
