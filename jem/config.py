@@ -180,8 +180,6 @@ class JEMConfig(Settings):
                 "sgld.conditional",
                 "is false, must be true when objective.p_x_y_weight is positive: its samples are pairs (x, y)",
             )
-        if self.data.labels_per_class is None and self.objective.energy_l2 and not self.objective.samples_needed:
-            yield "objective.energy_l2", "has no effect without p_x_weight or p_x_y_weight; set it to 0"
 
 
 SCIENCE = (

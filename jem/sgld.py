@@ -20,8 +20,8 @@ class Transition(NamedTuple):
 
 
 def sgld_step(
-    energy_fn: EnergyFn, x: Float[Tensor, n * d], config: SGLDConfig, generator: torch.Generator
-) -> tuple[Float[Tensor, n * d], Transition]:
+    energy_fn: EnergyFn, x: Float[Tensor, "n ..."], config: SGLDConfig, generator: torch.Generator
+) -> tuple[Float[Tensor, "n ..."], Transition]:
     """Advance n independent chains by one step; `x` is left as it was.
 
     x' = x - step_size * grad E(x) + noise_scale * eps,  eps ~ N(0, I)   (Welling & Teh, 2011)
@@ -43,8 +43,8 @@ def sgld_step(
 
 
 def sgld_chain(
-    energy_fn: EnergyFn, x: Float[Tensor, n * d], config: SGLDConfig, generator: torch.Generator
-) -> tuple[Float[Tensor, n * d], Transition]:
+    energy_fn: EnergyFn, x: Float[Tensor, "n ..."], config: SGLDConfig, generator: torch.Generator
+) -> tuple[Float[Tensor, "n ..."], Transition]:
     """Advance n chains by `config.steps` steps; also what the last of them saw."""
     for _ in range(config.steps):
         x, transition = sgld_step(energy_fn, x, config, generator)

@@ -10,7 +10,7 @@ from safetensors.torch import load as parse_tensors
 from torch import Tensor
 
 from jem import checkpoint
-from jem.errors import DataError
+from jem.errors import CheckpointError, DataError
 from jem.files import Location
 from jem.train import TrainState
 from jem.world import World
@@ -21,7 +21,7 @@ def initialize_from(source: str, state: TrainState, world: World) -> None:
 
     `source`: a checkpoint directory (its final weights; its chains where capacity and image shape are the
     same), a directory that holds one model.safetensors, or a state_dict as .safetensors or .pt, of which
-    tensors alone are read. Raises CheckpointError naming what does not fit the network.
+    tensors alone are read. Raises DataError naming what does not fit the network, CheckpointError for a damaged one.
     """
     try:
         location = Location.of(source)
@@ -35,7 +35,10 @@ def initialize_from(source: str, state: TrainState, world: World) -> None:
             state.replay.chains = checkpoint.read_chains(manifest, world, capacity).to(state.replay.chains)
     else:
         weights = read_state_dict(location)
-    checkpoint.load_weights(state.network, weights, f"init_from={source}")
+    try:
+        checkpoint.load_weights(state.network, weights, f"init_from={source}")
+    except CheckpointError as error:  # the file may be good: it is the setting that does not go with the network
+        raise DataError(str(error)) from error
     if state.average is not None:
         state.average.load_state_dict(state.network.state_dict())
 

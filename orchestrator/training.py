@@ -80,7 +80,7 @@ class Training:
         config, state = self.config, self.state
         self.event("attempt", attempt=self.job.attempt, step=state.step, workers=self.world.size)
         self.event("tags", tags=self.tags)
-        wrapped = data_parallel(state.network, self.world, self.device)
+        wrapped = data_parallel(state.network, self.batches.at(state.step).images, self.world)
         control = Control(self.world, self.job.root, self.device)
         self.clock = (state.step, time.monotonic())
         for info in train(state, self.batches.at, config, config.steps, self.world, wrapped):
@@ -246,12 +246,20 @@ class Training:
         return network
 
 
-def data_parallel(network: nn.Module, world: World, device: torch.device) -> nn.Module | None:
-    """The network in DistributedDataParallel where there are several ranks. Buffers are averaged by the step."""
+def data_parallel(network: nn.Module, images: Tensor, world: World) -> nn.Module | None:
+    """The network in DistributedDataParallel where there are several ranks. Buffers are averaged by the step.
+
+    It lays out its buckets anew after the first backward pass, and the layout is the order in which gradients
+    are summed. That pass is spent here, on zeros like `images`: a run that goes on sums as one never stopped.
+    """
     if world.size == 1:
         return None
-    devices = [device.index] if device.type == "cuda" else None
-    return DistributedDataParallel(network, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True)
+    devices = [images.device.index] if images.device.type == "cuda" else None
+    wrapped = DistributedDataParallel(network, devices, broadcast_buffers=False, gradient_as_bucket_view=True)
+    network.eval()
+    wrapped(torch.zeros_like(images[:1])).sum().backward()
+    network.zero_grad()
+    return wrapped
 
 
 def _better(one: dict[str, Any], other: dict[str, Any]) -> bool:

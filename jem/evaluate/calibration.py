@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from jem.errors import JEMError
+from jem.errors import DivergedError
 
 
 class Bins(NamedTuple):
@@ -23,11 +23,11 @@ def confidence_bins(logits: Float[Tensor, "n c"], labels: Int[Tensor, " n"], n_b
     """Sort predictions into `n_bins` equal-width bins of the top class' probability.
 
     Bin b holds ((b) / n, (b + 1) / n]; a confidence of exactly 1 is in the last (Guo et al., 2017, eq. 2
-    and 3; 20 bins as Grathwohl et al., 2020). Raises JEMError if a logit is NaN.
+    and 3; 20 bins as Grathwohl et al., 2020). Raises DivergedError if a logit is NaN.
     """
     confidence, predicted = logits.double().softmax(dim=1).max(dim=1)
     if confidence.isnan().any():
-        raise JEMError("calibration: the model's probabilities hold NaN; it diverged, use an earlier checkpoint")
+        raise DivergedError("calibration: the model's probabilities hold NaN; it diverged, use an earlier checkpoint")
     edges = torch.linspace(0, 1, n_bins + 1, dtype=torch.float64, device=logits.device)
     index = torch.bucketize(confidence, edges[1:-1])
     correct = (predicted == labels).double()

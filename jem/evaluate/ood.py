@@ -13,7 +13,7 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from jem.energy import Logits, energy
-from jem.errors import JEMError
+from jem.errors import DivergedError
 
 
 def log_px(logits: Float[Tensor, "n c"]) -> Float[Tensor, " n"]:
@@ -38,11 +38,11 @@ def approx_mass(network: Logits, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "
 def auroc(inside: Float[Tensor, " n"], outside: Float[Tensor, " m"]) -> float:
     """The chance that an in-distribution score exceeds an outside one, ties counting half.
 
-    Raises JEMError if a score is not finite.
+    Raises DivergedError if a score is not finite.
     """
     scores = torch.cat([inside, outside]).double().cpu()
     if not scores.isfinite().all():
-        raise JEMError("AUROC: a score is not finite; the model diverged, use an earlier checkpoint")
+        raise DivergedError("AUROC: a score is not finite; the model diverged, use an earlier checkpoint")
     positive = torch.cat([torch.ones(len(inside)), torch.zeros(len(outside))])
     return float(roc_auc_score(positive.numpy(), scores.numpy()))
 

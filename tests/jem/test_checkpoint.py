@@ -22,7 +22,6 @@ CONFIG = small(
     model__name="small_conv", model__channels=[3], model__norm="batch", optimizer__ema_decay=0.9, replay__capacity=23
 )
 SIZES = (2, 3)
-pytestmark = pytest.mark.xdist_group("checkpoint")  # one worker, so that the ranks start once
 
 
 def batch_at(step, world=World()):  # noqa: B008

@@ -15,7 +15,6 @@ from jem.world import World
 
 SHAPE, CLASSES, STEPS, SIZES = (1, 8, 8), 3, 3, (2, 3, 4)
 HERE = torch.device("cpu")
-pytestmark = pytest.mark.xdist_group("data_parallel")  # one worker, so that the ranks start once
 
 # No noise, no restart, and as many chains as images: each step moves all chains, whoever holds them.
 EXACT = {

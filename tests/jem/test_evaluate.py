@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from jem.config import EvaluateConfig
 from jem.data.splits import DataSet, Split
-from jem.errors import JEMError
+from jem.errors import DivergedError
 from jem.evaluate.calibration import Bins, confidence_bins, ece
 from jem.evaluate.classification import accuracy, nll
 from jem.evaluate.evaluate import BATCH, evaluate_fast, over_batches, validate
@@ -84,7 +84,7 @@ def test_ece_estimates_how_far_confidence_is_off(generator):
 
 
 def test_nan_has_no_calibration():
-    with pytest.raises(JEMError, match="NaN"):
+    with pytest.raises(DivergedError, match="NaN"):
         confidence_bins(torch.tensor([[math.nan, 0.0]]), torch.tensor([0]))
 
 
@@ -107,7 +107,7 @@ def test_auroc_counts_pairs_with_ties_half_whatever_the_scores_offset_and_scale(
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_auroc_refuses_scores_that_are_no_numbers_and_says_what_to_do(bad):
-    with pytest.raises(JEMError, match="earlier checkpoint"):
+    with pytest.raises(DivergedError, match="earlier checkpoint"):
         auroc(torch.tensor([0.0, bad]), torch.tensor([1.0]))
 
 

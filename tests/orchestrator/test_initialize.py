@@ -68,15 +68,6 @@ def test_a_classifiers_checkpoint_becomes_a_jem(tmp_path):
     assert fit(tmp_path / "new", init_from=outcome["checkpoint"])["status"] == "finished"
 
 
-def test_two_ranks_take_the_same_weights_and_share_the_chains(two_ranks):
-    folder, told = two_ranks
-    (weights_0, chains_0), (weights_1, chains_1) = (rank["taken"] for rank in told)
-    assert equal(weights_0, weights_1)
-    assert equal(weights_0, newest(folder / "whole").tensors("best.safetensors"))
-    manifest = newest(folder / "whole")
-    assert torch.equal(torch.cat([chains_0, chains_1]), checkpoint.read_chains(manifest, World(), 25))
-
-
 FORMS = {
     "safetensors": lambda folder, tensors: save_file(tensors, folder / "net.safetensors") or "net.safetensors",
     "a folder": lambda folder, tensors: save_file(tensors, folder / "model.safetensors") or "",
@@ -114,7 +105,7 @@ def test_tensors_that_do_not_fit_are_named_with_both_shapes(tmp_path, classifier
     last = list(wrong)[-1]
     wrong["extra"] = wrong.pop(last)
     save_file(wrong, tmp_path / "net.safetensors")
-    with pytest.raises(CheckpointError) as caught:
+    with pytest.raises(DataError) as caught:
         prepared(tmp_path / "new", init_from=str(tmp_path / "net.safetensors"))
     message = str(caught.value)
     assert f"init_from={tmp_path}/net.safetensors: does not fit this network" in message

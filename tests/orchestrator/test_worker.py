@@ -11,6 +11,8 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 from PIL import Image
+from rank_stories import stories
+from spawn import run_ranks
 from worker_runs import (
     HOOKED,
     Death,
@@ -29,6 +31,7 @@ from worker_runs import (
 from jem import checkpoint
 from jem.data.augment import to_float
 from jem.files import Location
+from jem.world import World
 from orchestrator import control
 from orchestrator.control import request_stop
 
@@ -338,6 +341,13 @@ def test_act_norm_starts_from_the_first_batch_once(tmp_path):
 # Two ranks: what rank_stories.py has them do.
 
 
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory):
+    """(folder, what each of two ranks has to tell); see rank_stories.py."""
+    folder = tmp_path_factory.mktemp("ranks")
+    return folder, run_ranks(stories, (2,), folder / "meet", str(folder))[2]
+
+
 def same(told, story, key):
     assert told[0][story][key] == told[1][story][key]
     return told[0][story][key]
@@ -406,3 +416,18 @@ def test_a_picture_is_a_png_that_holds_the_chains(tmp_path):
     pixels = np.asarray(Image.open(io.BytesIO(data)))
     assert pixels.shape == (498, 498, 3)
     assert pixels.std() > 10
+
+
+def test_two_ranks_that_start_from_a_checkpoint_take_its_weights_and_share_its_chains(two_ranks):
+    folder, told = two_ranks
+    (weights_0, chains_0), (weights_1, chains_1) = (rank["taken"] for rank in told)
+    manifest = newest(folder / "whole")
+    best = manifest.tensors("best.safetensors")
+    assert best.keys() == weights_0.keys() == weights_1.keys()
+    assert all(torch.equal(weights_0[k], v) and torch.equal(weights_1[k], v) for k, v in best.items())
+    assert torch.equal(torch.cat([chains_0, chains_1]), checkpoint.read_chains(manifest, World(), 25))
+
+
+def test_ranks_stop_at_the_same_step_though_only_rank_0_sees_the_request(two_ranks):
+    steps = [rank["asked"] for rank in two_ranks[1]]
+    assert steps[0] == steps[1] >= 20
