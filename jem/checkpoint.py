@@ -25,7 +25,7 @@ from safetensors.torch import load as parse_tensors
 from safetensors.torch import save as pack_tensors
 from torch import Tensor
 
-from jem.errors import CheckpointError
+from jem.errors import CheckpointError, DivergedError
 from jem.files import Location
 from jem.optim import load_optimizer_tensors, optimizer_tensors
 from jem.randomness import generator
@@ -85,11 +85,11 @@ def save(
     """Write the checkpoint; every rank calls this, and when it returns the checkpoint is committed.
 
     `sums` are tensors of this rank that add up over ranks; they come back from `restore`. Raises
-    CheckpointError, before anything is written, if weights or chains are not finite.
+    DivergedError, before anything is written, if weights or chains are not finite.
     """
     fault = _non_finite(state)
     if world.any(fault is not None, state.generator.device):
-        raise CheckpointError(f"step {state.step}: {fault or 'another rank'} is not finite; nothing was written")
+        raise DivergedError(f"step {state.step}: {fault or 'another rank'} is not finite; no checkpoint was written")
     if world.rank == 0:
         (directory / MANIFEST).remove()  # what is there is about to be replaced: it is no checkpoint any more
         directory.mkdir()
@@ -254,7 +254,8 @@ def _non_finite(state: TrainState) -> str | None:
 
 
 def _pack(tensors: Mapping[str, Tensor]) -> bytes:
-    return bytes(pack_tensors({name: t.detach().cpu().contiguous() for name, t in tensors.items()}))
+    # cloned, as tensors that share memory (tied weights) are not packed
+    return bytes(pack_tensors({name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}))
 
 
 def _json(content: Any) -> bytes:

@@ -34,6 +34,8 @@ class ModelConfig(Settings):
             near = (self.depth - 4) // 6 * 6 + 4
             yield "depth", f"is {self.depth}, must be 6 n + 4, such as {near} or {near + 6}"
         yield from _known(self.name, ("wide_resnet", "small_conv"))
+        if self.options and ":" not in self.name:
+            yield "options", f"are for a function of your own; model.name={self.name} takes none"
 
 
 DATA_SOURCES = (
@@ -156,7 +158,9 @@ class JEMConfig(Settings):
     seed: int = setting(doc="seed of everything random", ge=0, lt=2**31)
     batch_size: int = setting(64, ge=1, doc="images a step, over all workers; as many chains run beside them")
     precision: str = setting(
-        "float32", choices=("float32", "bf16", "float64"), doc="of the network; chains and noise stay in float32"
+        "float32",
+        choices=("float32", "bf16", "float64"),
+        doc="of the network (float32 on CUDA: TF32 convolutions, as PyTorch ships it); chains stay in float32",
     )
     init_from: str | None = setting(
         None, doc="start from a checkpoint, a registered model (models:/NAME@ALIAS) or a state_dict (.safetensors, .pt)"

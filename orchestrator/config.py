@@ -9,17 +9,22 @@ import dataclasses
 import difflib
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import yaml
 
 from jem.config import SCIENCE, EvaluateConfig, JEMConfig
-from jem.errors import ConfigError, Problem
-from jem.settings import Entry, Settings, build, digest, flatten, group, setting
+from jem.data.catalog import describe
+from jem.errors import ConfigError, JEMError, Problem
+from jem.settings import Entry, Settings, build, digest, flatten, group, override, setting
 
 RECIPES = Path(__file__).resolve().parents[1] / "jobs" / "recipes"
+
+ON_DISK = ("imagefolder", "parquet")
+"""Data whose shape and size are known from their folder, which takes numpy and time to read."""
 
 PATHS = ("init_from", "data.root")
 """Settings that are a local path, or a URI such as s3://... or models:/..."""
@@ -38,6 +43,7 @@ class RecoveryConfig(Settings):
     """What happens when a worker dies."""
 
     max_failures: int = setting(3, ge=0, doc="how often dead workers are replaced before the run counts as failed")
+    max_skipped: int = setting(20, ge=1, doc="non-finite updates in a row, each skipped, before the run has diverged")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,10 +106,13 @@ def load_run_config(recipe: str, arguments: Sequence[str]) -> RunConfig:
         config = build(RunConfig, {key: _anchored(key, entry) for key, entry in entries.items()})
     except ConfigError as error:
         raise ConfigError([*problems, *error.problems]) from None
+    if config.data.name not in ON_DISK:
+        found = data_problems(config)
+        problems += [replace(p, origin=entries[p.key].origin if p.key in entries else "") for p in found]
     if problems:
         raise ConfigError(problems)
     if config.name is None:
-        config = dataclasses.replace(config, name=f"{Path(recipe).stem}-{digest(config.science)}")
+        config = replace(config, name=f"{Path(recipe).stem}-{digest(config.science)}")
     return config
 
 
@@ -137,8 +146,20 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[dict[str, Entry], list[Pr
 
 
 def to_yaml(config: RunConfig) -> str:
-    """The whole configuration as a recipe that gives it again."""
-    return yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False)
+    """The whole configuration as a recipe that gives it again, but for a password in tracking.uri."""
+    return yaml.safe_dump(_plain(dataclasses.asdict(shareable(config))), sort_keys=False)
+
+
+def shareable(config: RunConfig) -> RunConfig:
+    """The configuration without the password in tracking.uri: what is written into files that people share."""
+    uri = config.tracking.uri
+    return config if uri is None else override(config, {"tracking.uri": shown(uri)})
+
+
+def shown(uri: str) -> str:
+    """The URI without its password."""
+    password = urlsplit(uri).password
+    return uri.replace(f":{password}@", ":***@") if password else uri
 
 
 def from_flat(values: dict[str, Any]) -> RunConfig:
@@ -206,6 +227,38 @@ def _walk(node: yaml.MappingNode, prefix: str, path: Path, entries: dict[str, En
                 problems.append(Problem(key, f"is not a YAML value: {message}", origin))
             else:
                 entries[key] = Entry(value, origin)
+
+
+def data_problems(config: RunConfig) -> list[Problem]:
+    """Settings that do not go with what is known of the data before they are opened."""
+    try:
+        spec = describe(config.data)
+    except ConfigError as error:
+        return list(error.problems)
+    except JEMError:
+        return []  # of the data, not of the configuration: said when they are opened
+    problems, data = [], config.data
+    side = min(spec.image_shape[1:]) if spec.image_shape else None
+    if side is not None and data.crop_padding >= side:
+        message = f"is {data.crop_padding}, must be at most {side - 1}: the images are {side} pixels wide or high"
+        problems.append(Problem("data.crop_padding", message))
+    train = (spec.sizes or {}).get("train")
+    if train is not None and train < 1:
+        there = train + (data.validation_size or 0)
+        message = f"is {data.validation_size}, which leaves none of {there} images to train on"
+        problems.append(Problem("data.validation_size", message))
+    elif train is not None and spec.n_classes and (data.labels_per_class or 0) * spec.n_classes > train:
+        most = train // spec.n_classes
+        message = f"is {data.labels_per_class}, must be at most {most}: {train} images of {spec.n_classes} classes"
+        problems.append(Problem("data.labels_per_class", message))
+    return problems
+
+
+def check_folder(config: RunConfig) -> None:
+    """The same for data that are described by what is on a disk. Raises ConfigError."""
+    problems = data_problems(config) if config.data.name in ON_DISK else []
+    if problems:
+        raise ConfigError(problems)
 
 
 def _mistakes(entries: dict[str, Entry]) -> tuple[Problem, ...]:

@@ -9,15 +9,15 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from jem import checkpoint
-from jem.errors import JEMError
+from jem.errors import CheckpointError, JEMError
 from jem.files import Location
 from orchestrator.command import RAY_THREAD
-from orchestrator.config import RunConfig, to_yaml
-from orchestrator.control import clear_request
+from orchestrator.config import RunConfig, check_folder, shown, to_yaml
+from orchestrator.control import clear_request, request_stop
 from orchestrator.curves import curves_png, latest
 from orchestrator.events import EventLog
 from orchestrator.facts import facts
@@ -40,12 +40,15 @@ def launch(config: RunConfig, fresh: bool = False) -> Result:
     uri, artifact_root = default_uri(storage, config.tracking.uri)
     assert config.name
     root = storage / config.name
+    check_folder(config)
     with lock(root):
         record = open_record(root, config, fresh)
-        if record.status == "finished" and record.result and record.result["step"] >= config.steps:
-            return Result(**record.result)
+        done = record.status == "finished" and record.result and record.result["step"] >= config.steps
+        attempt = Attempt(config, root, record, uri, artifact_root)
+        if done:
+            return attempt.read_out()
         write_config(root, config)
-        return Attempt(config, root, record, uri, artifact_root).run()
+        return attempt.run()
 
 
 class Attempt:
@@ -59,7 +62,8 @@ class Attempt:
             Location.of(self.folder).move_to(aside(Location.of(self.folder)))  # of a run that --fresh has moved away
         self.log_path = self.folder / "events.jsonl"
         self.saving = threading.Lock()
-        known = record.mlflow.get("run_id") if record.mlflow.get("uri") == uri else None
+        self.uri = uri
+        known = record.mlflow.get("run_id") if record.mlflow.get("uri") == shown(uri) else None
         self.uploader = Uploader(
             log_path=self.log_path,
             run_dir=self.folder,
@@ -72,7 +76,19 @@ class Attempt:
             tags=facts() | {"steps": config.steps, "folder": root.uri, "digest": record.digest},
             on_run=self._remember_run,
         )
-        record.mlflow = {"uri": uri, "experiment": config.tracking.experiment, "run_id": known}
+        complete = record.mlflow.get("complete", False)
+        record.mlflow = {"uri": shown(uri), "experiment": config.tracking.experiment, "run_id": known}
+        record.mlflow["complete"] = complete
+
+    def read_out(self) -> Result:
+        """The result of a finished run; what MLflow did not take at the time is sent now."""
+        assert self.record.result is not None
+        result = Result(**self.record.result)
+        if not self.record.mlflow.get("complete") and self.log_path.exists():
+            self.uploader.start()
+            result.run_id = self.uploader.finish(result.status, timeout=60)
+            self._remember_upload(result)
+        return result
 
     def run(self) -> Result:
         entry = {"number": self.number, "host": socket.gethostname(), "pid": os.getpid(), "started": time.time()}
@@ -83,16 +99,17 @@ class Attempt:
         seen = self.log_path.stat().st_size if self.log_path.exists() else 0
         EventLog(self.log_path).close()
         self.uploader.start()
-        try:
-            with self._progress(seen), StopSignals(self.root) as self.signals:
-                outcome = self._train()
-        except BaseException as error:  # the run is closed as what it is, whatever happened
-            outcome = self._failed(error)
-        return self._close(outcome)
+        with StopSignals() as self.signals:
+            try:
+                with self._progress(seen):
+                    outcome = self._train()
+            except BaseException as error:  # the run is closed as what it is, whatever happened
+                outcome = self._failed(error)
+            return self._close(outcome)
 
     def _train(self) -> dict[str, Any]:
         """Ray up, all steps, Ray down; what the workers say of it."""
-        init_from = resolve_model(self.config.init_from, self.root, self.config.tracking.uri)
+        init_from = resolve_model(self.config.init_from, self.root, self.uri)
         with start_ray(self.config) as cluster, Mirror(self.root, self.log_path, needed=not cluster.private):
             self.signals.listen()  # again: ray.init has put handlers of its own there
             if self.signals.stopping:
@@ -120,7 +137,9 @@ class Attempt:
         while thread.is_alive():
             thread.join(0.2)
             if self.signals.stopping and deadline is None:
-                deadline = time.monotonic() + STOP_PATIENCE_S
+                with suppress(OSError):  # a store that is away for a moment: asked again
+                    request_stop(self.root)
+                    deadline = time.monotonic() + STOP_PATIENCE_S
             if deadline is not None and time.monotonic() > deadline:
                 return {"status": "stopped", "message": "stopped before the workers could write a checkpoint"}
         if isinstance(box[0], BaseException):
@@ -149,7 +168,7 @@ class Attempt:
         log.append("end", status=status)
         log.close()
         run_id = self.uploader.finish(status, timeout=60)
-        newest = checkpoint.committed(self.root / "checkpoints")[:1]
+        newest = checkpoint.committed(self.root / "checkpoints")[:1] if status != CheckpointError.status else []
         result = Result(
             run_id=run_id,
             name=self.record.name,
@@ -160,14 +179,18 @@ class Attempt:
             weights=outcome.get("weights"),
             samples=self._newest_picture(),
             curves=str(self.folder / "curves.png") if (self.folder / "curves.png").exists() else None,
-            tracking_uri=self.record.mlflow.get("uri"),
+            tracking_uri=shown(self.uri),
             message=outcome.get("message", ""),
         )
         self.record.status = status
-        self.record.result = dataclasses.asdict(result)
         self.record.attempts[-1] |= {"ended": time.time(), "status": status, "step": result.step}
-        self._save()
+        self._remember_upload(result)
         return result
+
+    def _remember_upload(self, result: Result) -> None:
+        self.record.result = dataclasses.asdict(result)
+        self.record.mlflow["complete"] = self.uploader.complete
+        self._save()
 
     def _failed(self, error: BaseException) -> dict[str, Any]:
         if isinstance(error, JEMError):

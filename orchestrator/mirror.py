@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import threading
 from pathlib import Path
 from types import TracebackType
@@ -11,7 +12,10 @@ from types import TracebackType
 from jem import checkpoint
 from jem.errors import JEMError
 from jem.files import Location
+from orchestrator import events
 from orchestrator.events import EventLog
+
+log = logging.getLogger(__name__)
 
 LOOK_EVERY_S = 5.0
 
@@ -30,14 +34,17 @@ class Mirror:
 
     def __init__(self, root: Location, log_path: Path, needed: bool) -> None:
         self.root, self.log_path = root, log_path
-        self.needed = needed and not root.is_local
+        self.behind = not root.is_local  # a new machine, or one that was stopped between a commit and a look
+        self.needed = needed and self.behind
         self.stop = threading.Event()
         self.thread = threading.Thread(target=self._work, daemon=True, name="log mirror")
 
     def __enter__(self) -> Mirror:
-        if self.needed:
-            self.done = {int(d.name) for d in checkpoint.committed(self.root / "checkpoints")}
+        if self.behind:
             self.log = EventLog(self.log_path)
+            self.done = {e["step"] for e in events.read(self.log_path)[0] if e["kind"] == "checkpoint"}
+            self._copy_or_warn()
+        if self.needed:
             (self.root / TAIL).remove()  # of an earlier attempt
             self.thread.start()
         return self
@@ -46,13 +53,21 @@ class Mirror:
         if self.needed:
             self.stop.set()
             self.thread.join()
-            self.copy()
-            tail = self.root / TAIL
-            if tail.exists():
-                self._take(tail.read())
+            self._copy_or_warn(tail=True)
+        if self.behind:
             self.log.close()
 
+    def _copy_or_warn(self, tail: bool = False) -> None:
+        """What came of the run does not depend on whether all its events could be fetched."""
+        try:
+            self.copy()
+            if tail and (self.root / TAIL).exists():
+                self._take((self.root / TAIL).read())
+        except (JEMError, OSError) as error:
+            log.warning("%s: some events could not be fetched (%s)", self.root.uri, error)
+
     def copy(self) -> None:
+        """Take the events of checkpoints that the log does not know, oldest first."""
         for directory in reversed(checkpoint.committed(self.root / "checkpoints")):
             step = int(directory.name)
             if step not in self.done:

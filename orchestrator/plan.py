@@ -11,13 +11,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from jem.data.catalog import DataSpec, describe
 from jem.models import make_network
 from jem.train import dtype_of
-from orchestrator.config import RunConfig, to_yaml
+from orchestrator.config import RunConfig, check_folder, to_yaml
 from orchestrator.result import Result
 from orchestrator.runs import planned_storage
 
 
 def plan(config: RunConfig) -> Result:
     """Print the resolved configuration and what it costs; the same figures as a Result."""
+    check_folder(config)
     spec = describe(config.data)
     print(to_yaml(config))
     rows = [("name", config.name or ""), ("folder", planned_storage(config)), ("data", spec.where)]

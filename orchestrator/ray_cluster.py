@@ -116,8 +116,7 @@ def _worker(arguments: dict[str, Any]) -> dict[str, Any]:
     job: Job = arguments["job"]
     context = ray.train.get_context()
     # Ray gives one thread whatever the machine has; workers on one machine share its cores evenly.
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    torch.set_num_threads(max(1, cores // context.get_local_world_size()))
+    torch.set_num_threads(max(1, cores() // context.get_local_world_size()))
     if job.config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -141,6 +140,16 @@ def _worker(arguments: dict[str, Any]) -> dict[str, Any]:
         )
 
     return run(job, world, device, report)
+
+
+def cores() -> int:
+    """The cores that this process may use: its affinity, and a container's quota where there is one."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return max(1, min(allowed, int(quota) // int(period)))
+    except (OSError, ValueError):  # no cgroup v2, or "max"
+        return allowed
 
 
 def _check(config: RunConfig, cluster: Cluster) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from jem.files import Location
 SCHEMES = ("models:/", "runs:/")
 
 
-def resolve_model(source: str | None, root: Location, tracking_uri: str | None) -> str | None:
+def resolve_model(source: str | None, root: Location, tracking_uri: str) -> str | None:
     """`init_from` as a path every worker can read: a model of MLflow's is copied into the run's folder."""
     if source is None or not source.startswith(SCHEMES):
         return source
@@ -22,10 +21,12 @@ def resolve_model(source: str | None, root: Location, tracking_uri: str | None) 
     if not target.exists():
         import mlflow
 
-        server = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
+        # a registered model is looked up in the process' own registry, whatever tracking_uri= says
+        mlflow.set_tracking_uri(tracking_uri)
+        mlflow.set_registry_uri(tracking_uri)
         with tempfile.TemporaryDirectory() as folder:
             try:
-                found = mlflow.artifacts.download_artifacts(artifact_uri=source, dst_path=folder, tracking_uri=server)
+                found = mlflow.artifacts.download_artifacts(artifact_uri=source, dst_path=folder)
             except Exception as error:  # MLflow raises whatever its store, driver or server does
                 reason = (str(error) or type(error).__name__).splitlines()[0]
                 raise DataError(f"init_from: {source} cannot be had from MLflow: {reason}") from error

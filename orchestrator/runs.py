@@ -38,7 +38,7 @@ class RunRecord:
     science: dict[str, Any]
     digest: str
     status: str = "new"  # new, running, finished, stopped, failed, diverged, ...
-    mlflow: dict[str, str | None] = field(default_factory=dict)
+    mlflow: dict[str, Any] = field(default_factory=dict)  # uri, experiment, run_id; complete: nothing is left to send
     attempts: list[dict[str, Any]] = field(default_factory=list)
     result: dict[str, Any] | None = None
 
@@ -96,7 +96,7 @@ def open_record(root: Location, config: RunConfig, fresh: bool) -> RunRecord:
     with the differences if the run that is there is of another science.
     """
     if fresh and root.exists():
-        root.move_to(aside(root))
+        set_aside(root)
     record = None if fresh else read_record(root)
     if record is None:
         assert config.name
@@ -109,6 +109,26 @@ def open_record(root: Location, config: RunConfig, fresh: bool) -> RunRecord:
         remedy = "give the run another name=, or start it anew with --fresh (the old one is kept as NAME.1)"
         raise ConfigError([*problems, Problem("", remedy)])
     return record
+
+
+def set_aside(root: Location) -> None:
+    """Move a run to NAME.1, or the next number that is free; its record says so."""
+    target = aside(root)
+    root.move_to(target)
+    with suppress(ConfigError):  # a damaged record stays as it is
+        record = read_record(target)
+        if record is not None:
+            moved = _moved(asdict(record), root.uri, target.uri)
+            RunRecord(**moved | {"name": target.name}).save(target)
+
+
+def _moved(value: Any, old: str, new: str) -> Any:
+    """JSON with the paths below `old` written as below `new`."""
+    if isinstance(value, dict):
+        return {key: _moved(item, old, new) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_moved(item, old, new) for item in value]
+    return new + value[len(old) :] if isinstance(value, str) and value.startswith(f"{old}/") else value
 
 
 def write_config(root: Location, config: RunConfig) -> None:

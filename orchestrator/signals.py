@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C: ask the workers for a checkpoint at a step they agree on."""
+"""SIGTERM and Ctrl-C, noted: the driver then asks the workers for a checkpoint at a step they agree on."""
 
 from __future__ import annotations
 
@@ -7,18 +7,14 @@ import sys
 import threading
 from types import FrameType, TracebackType
 
-from jem.files import Location
-from orchestrator.control import request_stop
-
 
 class StopSignals:
-    """While open, the first signal asks for a stop and a second Ctrl-C interrupts at once.
+    """While open, the first signal sets `stopping` and a second Ctrl-C interrupts at once.
 
     Python delivers signals to the main thread alone; elsewhere this does nothing.
     """
 
-    def __init__(self, root: Location) -> None:
-        self.root = root
+    def __init__(self) -> None:
         self.stopping = False
         self.before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
@@ -40,5 +36,4 @@ class StopSignals:
         if self.stopping and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.stopping = True
-        request_stop(self.root)
         print("stopping: a checkpoint first (Ctrl-C again: at once)", file=sys.stderr)

@@ -13,8 +13,10 @@ from typing import Any
 from jem.errors import ConfigError, Problem
 from jem.files import Location
 from orchestrator import events
+from orchestrator.config import shown
 from orchestrator.mlflow_run import RunSpec
-from orchestrator.upload import Upload, reason, shown, sync, terminal_status
+from orchestrator.runs import under_ray_job
+from orchestrator.upload import Upload, reason, sync, terminal_status
 
 __all__ = ["Uploader", "default_uri", "sync"]
 
@@ -36,6 +38,9 @@ def default_uri(storage: Location, configured: str | None) -> tuple[str, str | N
             "MLFLOW_TRACKING_URI, to an MLflow server (http://HOST:PORT) or a database on a local disk"
         )
         raise ConfigError([Problem("tracking.uri", message)])
+    if uri and under_ray_job() and _absolute(uri) != uri:
+        reason = "is relative, but a submitted job's directory is thrown away when it ends"
+        raise ConfigError([Problem("tracking.uri", f"{uri!r} {reason}; give an absolute path: sqlite:////...")])
     uri = _absolute(uri or f"sqlite:///{(storage / 'mlflow.db').local}")
     if uri.startswith(("http://", "https://", "databricks")):
         return uri, None  # the server decides
@@ -74,6 +79,11 @@ class Uploader:
     @property
     def run_id(self) -> str | None:
         return self._upload.run_id
+
+    @property
+    def complete(self) -> bool:
+        """Whether all that there is has been sent, and the run closed."""
+        return self._done
 
     def start(self) -> None:
         self._thread.start()

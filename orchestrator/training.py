@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -23,11 +24,13 @@ from jem.meter import Meter, named
 from jem.settings import flatten
 from jem.train import StepInfo, TrainState, dtype_of, frozen_logits, train
 from jem.world import World
-from orchestrator.config import RunConfig
+from orchestrator.config import RunConfig, shareable
 from orchestrator.control import Control
 from orchestrator.events import EventLog
 from orchestrator.mirror import TAIL
 from orchestrator.pictures import by_class, grid_png
+
+log = logging.getLogger(__name__)
 
 POOL = 400
 """Chains a picture is made of: enough that every class has ten."""
@@ -62,6 +65,7 @@ class Training:
     best: dict[str, Any] | None = None  # the best validation so far: {step, accuracy, nll, weights}
     metrics: dict[str, float] = field(default_factory=dict)  # the latest of each
     saved: Location | None = None  # the last checkpoint committed
+    skipped: int = 0  # updates skipped in a row, as far as the host knows
 
     def __post_init__(self) -> None:
         self.config = self.job.config
@@ -112,7 +116,7 @@ class Training:
         """Commit a checkpoint of this step; the events up to it are in it."""
         best = self.best if self.config.evaluate.final == "best" else None
         info = {
-            "config": flatten(self.config),
+            "config": flatten(shareable(self.config)),
             "image_shape": list(self.data.image_shape),
             "classes": list(self.data.classes),
             "data_digest": self.data.digest,
@@ -130,17 +134,26 @@ class Training:
         self.logged = self.log.size if self.log else 0
         self.saved = directory
         if self.world.rank == 0:
-            for old in checkpoint.committed(directory.parent)[self.config.checkpoint.keep :]:
-                old.remove()
+            self.prune(directory)
         self.report(self.metrics, directory.uri)
+        self.clock = (self.state.step, time.monotonic())  # the rate is that of training alone
+
+    def prune(self, newest: Location) -> None:
+        """Keep the newest few. Those of later steps were found damaged, or this run would not be before them."""
+        found = checkpoint.committed(newest.parent)
+        later = [d for d in found if int(d.name) > self.state.step]
+        for directory in later + found[len(later) + self.config.checkpoint.keep :]:
+            directory.remove()
 
     def log_training(self, info: StepInfo) -> None:
         """The training curves' point: means over all ranks and the steps since the last point."""
         figures = self.meter.read(self.world)
-        if figures["skipped"] > 0 and figures["skipped"] == figures["steps"]:
+        every_one = figures["skipped"] == figures["steps"]
+        self.skipped = self.skipped + round(figures["skipped"]) if every_one else 0
+        if self.skipped >= self.config.recovery.max_skipped:
             raise DivergedError(
-                f"step {info.step}: not one of the last {figures['steps']:.0f} updates was finite; the weights are "
-                f"those of step {info.step - round(figures['steps'])}. Lower optimizer.learning_rate, raise "
+                f"step {info.step}: not one of the last {self.skipped} updates was finite; the weights are "
+                f"those of step {info.step - self.skipped}. Lower optimizer.learning_rate, raise "
                 "sgld.steps, data.noise_std or objective.energy_l2"
             )
         metrics = named(figures, self.config.objective, info.learning_rate)
@@ -179,6 +192,7 @@ class Training:
         if not self.job.root.is_local:  # the uploader sends what lies beside the log
             Location.of(self.job.log_path.parent / path).write(picture)
         self.event("image", step=self.state.step, key="samples", path=path)
+        self.clock = (self.state.step, time.monotonic())
 
     def evaluate(self) -> None:
         if self.config.evaluate.suite == "none":
@@ -197,7 +211,10 @@ class Training:
     def leave_tail(self) -> None:
         """Where the driver does not see the log: what was logged since the last checkpoint."""
         if self.log is not None and not self.job.root.is_local:
-            (self.job.root / TAIL).write(self.log.since(self.logged))
+            try:
+                (self.job.root / TAIL).write(self.log.since(self.logged))
+            except OSError as error:  # the run is what it is; only these events are late
+                log.warning("%s cannot be written: %s", (self.job.root / TAIL).uri, error)
 
     def outcome(self, status: str, message: str) -> dict[str, Any]:
         return {

@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 from jem.errors import ConfigError, JEMError, Problem
 from jem.files import Location
 from orchestrator import events
+from orchestrator.config import shown
 from orchestrator.mlflow_run import MLflowRun, RunSpec
 from orchestrator.outbox import Outbox, Tags, legal_name
 
@@ -204,12 +205,6 @@ class Upload:
 
 def terminal_status(status: str) -> str:
     return _TERMINAL.get(status.lower(), "FAILED")
-
-
-def shown(uri: str) -> str:
-    """The URI without its password."""
-    password = urlsplit(uri).password
-    return uri.replace(f":{password}@", ":***@") if password else uri
 
 
 def reason(error: BaseException, uri: str) -> str:

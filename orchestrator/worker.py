@@ -6,6 +6,8 @@ gloo connects.
 
 from __future__ import annotations
 
+import socket
+import uuid
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -15,7 +17,7 @@ import torch.distributed as dist
 from jem import checkpoint
 from jem.data.batches import BatchSource
 from jem.data.sources import load
-from jem.errors import CheckpointError, JEMError
+from jem.errors import CheckpointError, DataError, JEMError
 from jem.files import Location
 from jem.train import dtype_of, prepare_first_step, start
 from jem.world import World
@@ -41,6 +43,7 @@ def setup(job: Job, world: World, device: torch.device, report: Report) -> Train
     """Data, network, chains, and the newest good checkpoint if there is one; the same error on every rank."""
     config = job.config
     data = together(world, lambda: load(config.data))
+    same_everywhere(world, job.root, data.digest)
     found = together(world, lambda: find_checkpoint(job.root / "checkpoints") if world.rank == 0 else None)
     found = from_rank_0(world, found)
 
@@ -50,7 +53,12 @@ def setup(job: Job, world: World, device: torch.device, report: Report) -> Train
         state = start(config, data.image_shape, data.n_classes, world, device)
         training = Training(job, world, device, report, data, batches, state)
         if found is not None:
-            training.restore(checkpoint.read_manifest(found))
+            manifest = checkpoint.read_manifest(found)
+            if manifest.info["data_digest"] != data.digest:
+                remedy = "put them back as they were, or give the run another name="
+                changed = f"data.name={config.data.name}: the images or labels are not those the run began with"
+                raise DataError(f"{changed} (digest {data.digest[:12]}, {found.uri} has another); {remedy}")
+            training.restore(manifest)
         elif job.init_from is not None:
             initialize_from(job.init_from, state, world)
         elif config.model.norm == "act":
@@ -59,6 +67,29 @@ def setup(job: Job, world: World, device: torch.device, report: Report) -> Train
         return training
 
     return together(world, prepare)
+
+
+def same_everywhere(world: World, root: Location, digest: str) -> None:
+    """DataError on every rank unless all ranks see the same folder for the run and hold the same data."""
+    if world.size == 1:
+        return
+    token = from_rank_0(world, uuid.uuid4().hex)
+    path = root / "same-folder"
+    if world.rank == 0:
+        path.write(token.encode())
+    world.barrier()
+    seen = path.exists() and path.read().decode() == token
+    told: list[tuple[str, bool, str]] = [("", False, "")] * world.size
+    dist.all_gather_object(told, (socket.gethostname(), seen, digest))
+    if world.rank == 0:
+        path.remove()
+    apart = sorted({host for host, sees, _ in told if not sees})
+    if apart:
+        remedy = "storage_path must be a folder that all nodes share, or an object store"
+        raise DataError(f"{root.uri} on {', '.join(apart)} is not the folder that rank 0 on {told[0][0]} has: {remedy}")
+    others = sorted({host for host, _, theirs in told if theirs != told[0][2]})
+    if others:
+        raise DataError(f"the data on {', '.join(others)} are not those on {told[0][0]}: put the same under data.root")
 
 
 def find_checkpoint(root: Location) -> Location | None:

@@ -61,13 +61,14 @@ class Stream:
         part = share(self.batch_size)
         device = self.images.device
         # Orders and crops are drawn on the CPU, so that they are the same whatever the device; noise is large.
-        rows = self.rows[positions(len(self.rows), self.seed, self.name, step, self.batch_size)[part]].to(device)
+        rows = self.rows[positions(len(self.rows), self.seed, self.name, step, self.batch_size)[part]]
+        rows = sent(rows, device)
         random = generator("cpu", self.seed, self.name, "augment", step)
         padding = config.crop_padding
         shifts = torch.randint(-padding, padding + 1, (2, self.batch_size), generator=random)
         mirrored = torch.rand(self.batch_size, generator=random) < (0.5 if config.flip else 0.0)
         if padding or config.flip:
-            pixels = crop_and_flip(self.images, rows, shifts[:, part].to(device), mirrored[part].to(device))
+            pixels = crop_and_flip(self.images, rows, sent(shifts[:, part], device), sent(mirrored[part], device))
         else:
             pixels = self.images[rows]
         images = to_float(pixels, dtype)
@@ -114,6 +115,13 @@ class BatchSource:
             return Batch(images, labels, None, None, n, n)
         labelled_images, labelled_labels = self._labelled.draw(step, self._config, self._share, self._dtype)
         return Batch(images, None, labelled_images, labelled_labels, n, self._labelled.batch_size)
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """A copy on `device` that the host does not wait for: from pinned memory, where that is a thing."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.contiguous().pin_memory().to(device, non_blocking=True)
 
 
 def positions(n: int, seed: int, name: str, step: int, batch_size: int) -> Int64[Tensor, " batch_size"]:

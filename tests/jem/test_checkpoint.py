@@ -10,7 +10,7 @@ from toys import labelled_batch, small
 
 from jem.checkpoint import committed, newest_good, read_manifest, restore, save
 from jem.config import OptimizerConfig
-from jem.errors import CheckpointError
+from jem.errors import CheckpointError, DivergedError
 from jem.files import Location
 from jem.meter import Meter
 from jem.optim import optimizer_tensors
@@ -124,7 +124,7 @@ def on_rank(world, folder):
         straight.replay.chains[0, 0, 0, 0] = math.nan
     try:
         save(root / 4, straight, world, {}, {"meter": meter.sums})
-    except CheckpointError as error:
+    except DivergedError as error:
         refusal = str(error)
     return {
         "same": same(everything(other), everything(straight)) if world.rank < world.size - 1 else None,
@@ -150,7 +150,7 @@ def test_several_ranks_go_on_bit_for_bit_each_with_its_chains_generator_and_sums
 @pytest.mark.parametrize("size", SIZES)
 def test_a_chain_that_is_not_finite_on_one_rank_is_refused_on_all_and_nothing_is_written(ranks, size):
     refusals = [rank["refusal"] for rank in ranks[1][size]]
-    assert all("not finite; nothing was written" in refusal for refusal in refusals)
+    assert all("not finite; no checkpoint was written" in refusal for refusal in refusals)
     assert "the replay buffer" in refusals[-1]
     assert "another rank" in refusals[0]
     assert not (ranks[0] / f"of-{size}" / 4).exists()
@@ -283,7 +283,7 @@ def test_what_is_not_finite_is_refused_and_the_checkpoint_that_is_there_stays(ro
     with torch.no_grad():
         tensor.view(-1)[-1] = bad
     for step in (2, 3):
-        with pytest.raises(CheckpointError, match="not finite; nothing was written"):
+        with pytest.raises(DivergedError, match="not finite; no checkpoint was written"):
             save(root / step, state, World(), {}, {})
     assert not (root / 3).exists()
     assert newest_good(root)[0].step == 2

@@ -134,7 +134,7 @@ def test_options_of_ones_own_function_are_set_one_by_one_and_merge():
 def test_options_that_are_no_mapping_are_a_mistake_and_give_way_to_one_that_is():
     message, _ = problems(lambda: built(**{"model.options": 3}))["model.options"]
     assert message == "is 3, a mapping was expected"
-    assert built(**{"model.options": 3, "model.options.a": 1}).model.options == {"a": 1}
+    assert built(**{"model.name": "mine:net", "model.options": 3, "model.options.a": 1}).model.options == {"a": 1}
 
 
 def test_a_settings_class_made_directly_is_validated_the_same():
@@ -192,7 +192,7 @@ CHANGES = st.fixed_dictionaries(
 
 @given(CHANGES, CHANGES)
 def test_a_configuration_is_built_again_from_what_it_flattens_to_and_overrides_come_last(first, second):
-    base = JEMConfig(seed=1)
+    base = JEMConfig(seed=1, model=ModelConfig(name="mine:net"))
     config = override(override(base, first), second)
     again = build(JEMConfig, {key: Entry(value) for key, value in flatten(config).items()})
     assert again == config

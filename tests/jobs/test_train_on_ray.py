@@ -208,7 +208,7 @@ def test_a_run_whose_data_are_missing_ends_at_once_with_the_reason(folder, start
 
 
 def test_a_diverged_run_ends_with_exit_code_4_and_its_last_good_checkpoint(folder, start):
-    ended = start("name=diverged", "steps=40", "model.options.nan_after=12").end()
+    ended = start("name=diverged", "steps=40", "model.options.nan_after=12", "recovery.max_skipped=5").end()
     assert ended.code == 4, ended.err
     assert (ended.result["status"], ended.result["step"]) == ("diverged", 10)
     assert ended.result["checkpoint"] == f"{folder}/runs/diverged/checkpoints/10"

@@ -38,7 +38,7 @@ def stories(world, folder):
     told["no data"] = fit(folder / "a", "data.name=worker_runs:missing_on_rank_1", "workers=2", world=world)
     told["no network"] = fit(folder / "b", "model.name=worker_runs:unfit_on_rank_1", "workers=2", world=world)
     nan = {6: poison} if world.rank == 1 else {}
-    told["diverged"] = fit(folder / "diverged", HOOKED, "workers=2", world=world, hooks=nan)
+    told["diverged"] = fit(folder / "diverged", HOOKED, "workers=2", "recovery.max_skipped=3", world=world, hooks=nan)
 
     source = folder / "whole" / "checkpoints" / "12"
     taken = prepared(folder / "taken", *jem[1:], "model.name=worker_runs:hooked", world=world, init_from=str(source))

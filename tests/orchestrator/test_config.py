@@ -72,6 +72,7 @@ OTHER = {
     "checkpoint.every": "7",
     "checkpoint.keep": "7",
     "recovery.max_failures": "7",
+    "recovery.max_skipped": "7",
     "tracking.uri": "http://there",
     "tracking.experiment": "other",
     "tracking.every": "7",
@@ -83,6 +84,8 @@ OTHER = {
     "evaluate.noise_std": "0.1",
 }
 NEEDS = {
+    "model.options": ("model.name=mine:net",),
+    "data.options": ("data.name=mine:data",),
     "objective.p_x_y_weight": ("sgld.conditional=true",),
     "data.labelled_batch_size": ("data.labels_per_class=9",),
     "evaluate.ema": ("optimizer.ema_decay=0.9",),
@@ -422,7 +425,7 @@ def test_uris_and_absolute_paths_stay_as_they_are(uri):
 
 @pytest.mark.parametrize("name", bundled_recipes())
 def test_the_configuration_as_a_recipe_or_as_json_gives_itself_again(tmp_path, name):
-    config = load_run_config(name, ["model.options={}", "data.options.a={b: 1}", "sgld.clamp=0.1"])
+    config = load_run_config(name, ["data.name=mine:data", "data.options.a={b: 1}", "sgld.clamp=0.1"])
     path = tmp_path / "again.yaml"
     path.write_text(to_yaml(config))
     assert load_run_config(str(path), []) == config

@@ -76,7 +76,9 @@ def test_an_attempt_that_ends_before_the_workers_start_adds_nothing(root, driver
 
 def test_what_a_run_did_before_it_diverged_reaches_the_driver(root, driver, worker):
     with Mirror(root, driver, needed=True):
-        outcome = fit(root, *SETTINGS, "evaluate.every=100", log_path=worker, hooks={5: poison})
+        outcome = fit(
+            root, *SETTINGS, "evaluate.every=100", "recovery.max_skipped=3", log_path=worker, hooks={5: poison}
+        )
     assert outcome["status"] == "diverged"
     assert {event["step"] for event in events.read(driver)[0] if event["kind"] == "metrics"} == {3, 6}
     assert told(driver) == told(worker)
@@ -99,11 +101,33 @@ def test_events_come_while_the_run_goes_on(root, driver, worker, monkeypatch):
     assert told(driver) == told(worker), "what was seen in mid-run came again at the end"
 
 
-def test_on_a_local_disk_or_a_private_ray_it_does_nothing(root, driver, tmp_path):
-    for place, needed in ((root, False), (Location.of(tmp_path / "disk"), True)):
-        with Mirror(place, driver, needed=needed):
-            fit(place, "steps=4", log_path=tmp_path / "shared" / "events.jsonl")
+def test_on_a_local_disk_it_does_nothing(driver, tmp_path):
+    place = Location.of(tmp_path / "disk")
+    with Mirror(place, driver, needed=True):
+        fit(place, "steps=4", log_path=tmp_path / "shared" / "events.jsonl")
     assert not driver.exists()
+
+
+def test_with_a_private_ray_it_leaves_the_log_to_the_workers(root, driver):
+    with Mirror(root, driver, needed=False):
+        fit(root, *SETTINGS, log_path=driver)
+    kinds = [event["kind"] for event in events.read(driver)[0]]
+    assert kinds.count("attempt") == 1
+    assert kinds.count("checkpoint") == 3
+
+
+@pytest.mark.parametrize("needed", [True, False])
+def test_a_driver_on_a_new_machine_first_takes_what_checkpoints_carry(root, driver, worker, needed):
+    """Also one that was stopped between a commit and its look."""
+    with pytest.raises(Death):
+        fit(root, *SETTINGS, log_path=worker, hooks={10: die})
+    with Mirror(root, driver, needed=needed):
+        pass
+    assert [e["step"] for e in events.read(driver)[0] if e["kind"] == "checkpoint"] == [4, 8]
+    assert [e["step"] for e in events.read(driver)[0] if "train/loss" in e.get("metrics", {})] == [3, 6]
+    with Mirror(root, driver, needed=needed):
+        pass
+    assert [e["step"] for e in events.read(driver)[0] if e["kind"] == "checkpoint"] == [4, 8], "once each"
 
 
 def test_a_run_in_an_object_store_is_killed_and_goes_on_elsewhere_as_on_a_disk(root, tmp_path, worker):

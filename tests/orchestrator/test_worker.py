@@ -277,7 +277,7 @@ def test_the_last_evaluation_has_all_figures_of_the_fast_suite(tmp_path):
 
 
 def test_a_run_whose_every_update_is_not_finite_ends_diverged_and_leaves_good_checkpoints(tmp_path):
-    outcome = fit(tmp_path, HOOKED, "tracking.every=3", hooks={6: poison})
+    outcome = fit(tmp_path, HOOKED, "tracking.every=3", "recovery.max_skipped=3", hooks={6: poison})
     assert (outcome["status"], outcome["exit_code"]) == ("diverged", 4)
     assert "step 9: not one of the last 3 updates was finite" in outcome["message"]
     assert "optimizer.learning_rate" in outcome["message"]
@@ -431,3 +431,40 @@ def test_two_ranks_that_start_from_a_checkpoint_take_its_weights_and_share_its_c
 def test_ranks_stop_at_the_same_step_though_only_rank_0_sees_the_request(two_ranks):
     steps = [rank["asked"] for rank in two_ranks[1]]
     assert steps[0] == steps[1] >= 20
+
+
+def test_a_damaged_newer_checkpoint_does_not_push_out_the_good_one_just_written(tmp_path):
+    fit(tmp_path, "checkpoint.keep=1", "steps=8")
+    fit(tmp_path, "checkpoint.keep=2", "steps=12")
+    (tmp_path / "checkpoints" / "12" / "model.safetensors").write_bytes(b"")
+    outcome = fit(tmp_path, "checkpoint.keep=1", "steps=10", attempt=3)
+    assert outcome["step"] == 10
+    manifest, faults = checkpoint.newest_good(Location.of(tmp_path) / "checkpoints")
+    assert (manifest.step, faults) == (10, [])
+    assert [d.name for d in (Location.of(tmp_path) / "checkpoints").children()] == ["10"]
+
+
+def test_a_run_does_not_go_on_with_other_data(tmp_path):
+    settings = ("data.name=worker_runs:growing", "data.options.images=40")
+    assert fit(tmp_path, *settings, "steps=4")["status"] == "finished"
+    assert fit(tmp_path, *settings, "steps=6")["step"] == 6
+    outcome = fit(tmp_path, "data.name=worker_runs:growing", "data.options.images=41")
+    assert (outcome["status"], outcome["exit_code"]) == ("bad data", 2)
+    assert "not those the run began with" in outcome["message"]
+
+
+def test_tied_weights_are_saved(tmp_path):
+    assert fit(tmp_path, "model.name=worker_runs:tied", "steps=4")["status"] == "finished"
+
+
+@pytest.mark.parametrize("every", [1, 12])
+def test_one_skipped_update_is_no_divergence_whatever_is_logged_how_often(tmp_path, every):
+    def poison_once(_network):
+        def output(out):
+            Hooks.output = staticmethod(lambda out: out)
+            return out * math.nan
+
+        Hooks.output = staticmethod(output)
+
+    outcome = fit(tmp_path, HOOKED, f"tracking.every={every}", "steps=12", hooks={12: poison_once})
+    assert (outcome["status"], outcome["step"]) == ("finished", 12)

@@ -137,3 +137,16 @@ def unfit_on_rank_1(config, image_shape, n_classes):
     if dist.is_initialized() and dist.get_rank() == 1:
         raise DataError("rank 1 cannot make the network")
     return small_conv(config, image_shape, n_classes)
+
+
+def growing(config):
+    """A data set that somebody adds images to."""
+    n = config.options["images"]
+    images = torch.arange(n * 64, dtype=torch.int64).remainder(251).to(torch.uint8).reshape(n, 1, 8, 8)
+    return {"train": (images, torch.arange(n) % 2)}
+
+
+def tied(config, image_shape, n_classes):
+    """A network two of whose layers are one."""
+    shared = nn.Linear(64, 64)
+    return nn.Sequential(nn.Flatten(), shared, nn.SiLU(), nn.Sequential(shared), nn.Linear(64, n_classes))
