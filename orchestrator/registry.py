@@ -5,8 +5,6 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from pyarrow import fs as pafs
-
 from jem.errors import DataError
 from jem.files import Location
 
@@ -18,7 +16,8 @@ def resolve_model(source: str | None, root: Location, tracking_uri: str) -> str 
     if source is None or not source.startswith(SCHEMES):
         return source
     target = root / "init_from"
-    if not target.exists():
+    weights_copy = target / "model.safetensors"
+    if not weights_copy.exists():
         import mlflow
 
         # a registered model is looked up in the process' own registry, whatever tracking_uri= says
@@ -33,10 +32,5 @@ def resolve_model(source: str | None, root: Location, tracking_uri: str) -> str 
             weights = sorted(Path(found).rglob("model.safetensors"))
             if not weights:
                 raise DataError(f"init_from: {source} holds no model.safetensors")
-            pafs.copy_files(
-                str(weights[0].parent),
-                target.path,
-                source_filesystem=pafs.LocalFileSystem(),
-                destination_filesystem=target.fs,
-            )
+            weights_copy.write(weights[0].read_bytes())
     return target.uri
