@@ -1,0 +1,83 @@
+"""The driver, as far as it goes without Ray."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+
+import pytest
+
+from jem.errors import ConfigError
+from orchestrator.config import load_run_config, to_yaml
+from orchestrator.events import EventLog
+from orchestrator.launch import launch
+from orchestrator.runs import RunRecord
+
+pytestmark = pytest.mark.timeout(120)
+TINY = ("steps=4", "batch_size=8", "model.channels=[4]", "replay.capacity=16", "name=done")
+
+
+@pytest.fixture
+def finished(tmp_path):
+    """(configuration, folder) of a finished run whose MLflow was down: nothing was sent."""
+    config = load_run_config("digits", [*TINY, f"storage_path={tmp_path}/runs"])
+    folder = tmp_path / "runs" / "done"
+    folder.mkdir(parents=True)
+    log = EventLog(folder / "events.jsonl")
+    log.append("attempt", attempt=1, step=0, workers=2)
+    log.append("metrics", step=4, metrics={"test/accuracy": 0.5})
+    log.append("end", status="finished")
+    log.close()
+    result = {"name": "done", "step": 4, "status": "finished", "metrics": {"test/accuracy": 0.5}}
+    record = RunRecord("done", config.science, "digest", "finished", attempts=[{"number": 1}], result=result)
+    (folder / "run.json").write_text(json.dumps(vars(record)))
+    return config, folder
+
+
+def test_what_mlflow_did_not_take_is_sent_when_a_finished_run_is_asked_for_again(finished):
+    config, folder = finished
+    result = launch(config)
+    assert result.metrics == {"test/accuracy": 0.5}
+    with sqlite3.connect(folder.parent / "mlflow.db") as db:
+        assert db.execute("select run_uuid, key, value, step from metrics").fetchall() == [
+            (result.run_id, "test/accuracy", 0.5, 4)
+        ]
+        assert db.execute("select status from runs").fetchall() == [("FINISHED",)]
+    kept = json.loads((folder / "run.json").read_text())
+    assert (kept["mlflow"]["complete"], kept["result"]["run_id"]) == (True, result.run_id)
+    before = (folder / "events.jsonl").read_bytes()
+    assert launch(config) == result
+    assert (folder / "events.jsonl").read_bytes() == before
+
+
+def test_a_password_in_the_tracking_uri_is_in_no_file_that_is_shared():
+    config = load_run_config("digits", [*TINY, "tracking.uri=postgresql://me:hunter2@db/mlflow"])
+    assert "hunter2" not in to_yaml(config)
+    assert "postgresql://me:***@db/mlflow" in to_yaml(config)
+    assert config.tracking.uri == "postgresql://me:hunter2@db/mlflow"
+
+
+def test_a_relative_database_is_refused_under_a_submitted_job(tmp_path, monkeypatch):
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    settings = [*TINY, f"storage_path={tmp_path}/runs", "tracking.uri=sqlite:///mine.db"]
+    with pytest.raises(ConfigError, match=r"tracking\.uri: 'sqlite:///mine\.db' is relative, .*thrown away"):
+        launch(load_run_config("digits", settings))
+    assert not (tmp_path / "runs" / "done").exists()
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("data.crop_padding=8", "data.crop_padding: is 8, must be at most 7"),
+        ("data.validation_size=5000", "data.validation_size: is 5000, which leaves none of 1437 images"),
+        ("data.labels_per_class=1000", "data.labels_per_class: is 1000, must be at most 129"),
+        ("data.options.foo=1", "data.options.foo: data.name=digits has no such option"),
+        ("model.options.foo=1", "model.options: are for a function of your own"),
+    ],
+)
+def test_settings_that_do_not_go_with_the_data_are_found_before_anything_starts(setting, message):
+    with pytest.raises(ConfigError) as alone:
+        load_run_config("digits", [setting])
+    (problem,) = alone.value.problems
+    assert message in str(problem)
+    assert problem.origin == "command line" or setting.startswith("data.options")
