@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -36,3 +37,14 @@ def test_every_recipe_is_named():
 def test_pictures_are_there():
     for path in re.findall(r"!\[.*?\]\((.*?)\)", README):
         assert (ROOT / path).stat().st_size > 1000
+
+
+def test_the_table_of_results_is_that_of_the_runs():
+    columns = [f"test/{key}" for key in ("accuracy", "nll", "ece")]
+    columns += [f"ood/{o}/{s}/auroc" for o in ("interp", "uniform") for s in ("log_px", "max_py", "approx_mass")]
+    rows = re.findall(r"^\| `(\w+)` \| (\d+) \| (.*) \|$", README, re.MULTILINE)
+    assert len(rows) == len(list((ROOT / "docs" / "results").glob("*.json"))) == 6
+    for recipe, step, figures in rows:
+        run = json.loads((ROOT / "docs" / "results" / f"{recipe}.json").read_text())
+        assert run["step"] == int(step)
+        assert figures.split(" | ") == [f"{run['metrics'][key]:.3f}" for key in columns]
