@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import queue
 import socket
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -140,27 +142,30 @@ def test_a_process_that_has_a_dead_drivers_number_is_not_the_driver(tmp_path):
 def test_a_lock_on_an_object_store_beats_even_after_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(runs, "HEARTBEAT_S", 0.05)
     root = object_store(tmp_path) / "NAME"
-    path = tmp_path / "bucket" / ".NAME.lock"
+    away, write, beats = threading.Event(), Location.write, queue.Queue()
 
-    def beats():
-        before = json.loads(path.read_text())["time"]
-        deadline = time.monotonic() + 5
+    def write_or_fail(location, data):
+        beats.put(away.is_set())
+        if away.is_set():
+            raise OSError("the store is away")
+        write(location, data)
+
+    monkeypatch.setattr(Location, "write", write_or_fail)
+
+    def wait_for(failed):
+        deadline = time.monotonic() + 20
         while time.monotonic() < deadline:
-            text = path.read_text()
-            if text and json.loads(text)["time"] > before:
+            if beats.get(timeout=20) == failed:
                 return True
-            time.sleep(0.02)
         return False
 
     with lock(root):
-        assert beats()
-        (tmp_path / "bucket").rename(tmp_path / "away")
-        (tmp_path / "bucket").write_text("no folder: every write fails")
-        time.sleep(0.3)
-        (tmp_path / "bucket").unlink()
-        (tmp_path / "away").rename(tmp_path / "bucket")
-        assert beats()
-    assert not path.exists()
+        assert wait_for(failed=False)
+        away.set()
+        assert wait_for(failed=True)
+        away.clear()
+        assert wait_for(failed=False)
+    assert not (tmp_path / "bucket" / ".NAME.lock").exists()
 
 
 # Records
