@@ -31,7 +31,7 @@ install: $(VENV)/installed
 demo: install
 	$(BIN)/python jobs/train.py digits
 	@echo
-	@echo "MLflow: make ui, then open http://127.0.0.1:5000"
+	@echo "MLflow: make ui, then open http://127.0.0.1:5000 (Model training, top left)"
 
 ui: install
 	$(BIN)/mlflow ui --backend-store-uri sqlite:///$(CURDIR)/runs/mlflow.db --host 127.0.0.1 --port 5000

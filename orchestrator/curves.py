@@ -25,8 +25,12 @@ def curves_png(log_path: Path) -> bytes | None:
         return None
     from matplotlib.figure import Figure  # no pyplot: there is no screen, and this may run in a thread
 
-    figure = Figure(figsize=(4 * len(panels), 3), layout="constrained")
-    for axes, (title, keys) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+    rows = -(-len(panels) // 2)
+    figure = Figure(figsize=(10, 3 * rows), layout="constrained")
+    grid = figure.subplots(rows, 2, squeeze=False).flatten()
+    for axes in grid[len(panels) :]:
+        axes.set_axis_off()
+    for axes, (title, keys) in zip(grid, panels.items(), strict=False):
         for key in keys:
             steps = sorted(series[key])
             axes.plot(steps, [series[key][step] for step in steps], label=key, linewidth=1.2)

@@ -1,0 +1,35 @@
+"""What is decided before Ray is asked for anything."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from jem.errors import ConfigError
+from orchestrator import ray_cluster
+from orchestrator.config import load_run_config
+from orchestrator.ray_cluster import Cluster, cores, use_gpu
+
+
+@pytest.mark.parametrize(("text", "expected"), [("150000 100000", 1), ("200000 100000", 2), ("max 100000", 64)])
+def test_a_containers_quota_limits_the_cores(monkeypatch, text, expected):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)))
+    monkeypatch.setattr(Path, "read_text", lambda _: text)
+    assert cores() == expected
+
+
+def test_each_worker_gets_a_gpu_where_there_are_enough():
+    config = load_run_config("digits", ["workers=2"])
+    assert use_gpu(config, Cluster(private=True, cpus=8, gpus=2))
+    assert not use_gpu(config, Cluster(private=True, cpus=8, gpus=1))
+    assert not use_gpu(load_run_config("digits", ["device=cpu"]), Cluster(private=True, cpus=8, gpus=8))
+
+
+def test_missing_gpus_are_an_error_here_and_waited_for_on_a_cluster(capsys):
+    config = load_run_config("digits", ["workers=2", "device=cuda"])
+    with pytest.raises(ConfigError, match="workers: is 2, but there are 1 GPUs"):
+        ray_cluster._check(config, Cluster(private=True, cpus=8, gpus=1))
+    ray_cluster._check(config, Cluster(private=False, cpus=8, gpus=1))
+    assert "the cluster has 1 GPUs at present: waiting for more" in capsys.readouterr().err
