@@ -25,3 +25,14 @@ torch.set_num_threads(1)  # small tensors, and other tests beside these
 @pytest.fixture
 def generator():
     return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def sealed_environment():
+    """Nothing of the tester's own Ray or MLflow reaches a test."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI", "RAY_JOB_CONFIG_JSON_ENV_VAR"):
+            patch.delenv(name, raising=False)
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
+        yield
