@@ -28,6 +28,7 @@ from jem.settings import digest
 from orchestrator.config import RunConfig, to_yaml
 
 HEARTBEAT_S = 10.0
+SETTLE_S = 0.5
 
 
 @dataclass
@@ -177,6 +178,9 @@ def _remote_lock(root: Location) -> Iterator[None]:
         if _alive(text):
             raise _held(root, text)
     path.write(_identity().encode())
+    time.sleep(SETTLE_S)  # another driver may have written at the same moment: the last one has it
+    if not _ours(path):
+        raise _held(root, path.read().decode())
     stop = threading.Event()
 
     def beat() -> None:
@@ -191,7 +195,16 @@ def _remote_lock(root: Location) -> Iterator[None]:
     finally:
         stop.set()
         thread.join()
-        path.remove()
+        if _ours(path):
+            path.remove()
+
+
+def _ours(path: Location) -> bool:
+    try:
+        holder, me = json.loads(path.read()), json.loads(_identity())
+        return all(holder[key] == me[key] for key in ("host", "pid", "start"))
+    except (OSError, ValueError, KeyError):
+        return False
 
 
 def _identity() -> str:

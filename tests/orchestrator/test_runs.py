@@ -168,6 +168,16 @@ def test_a_lock_on_an_object_store_beats_even_after_an_error(tmp_path, monkeypat
     assert not (tmp_path / "bucket" / ".NAME.lock").exists()
 
 
+def test_of_two_drivers_that_take_an_object_stores_lock_at_once_the_last_to_write_has_it(tmp_path, monkeypatch):
+    root = object_store(tmp_path) / "NAME"
+    path = root.parent / ".NAME.lock"
+    theirs = json.dumps({"host": "elsewhere", "pid": 7, "start": 1.0, "time": time.time()})
+    monkeypatch.setattr(runs.time, "sleep", lambda _: path.write(theirs.encode()))
+    with pytest.raises(ConfigError, match="pid 7 on elsewhere is working on this run"), lock(root):
+        pass
+    assert path.read().decode() == theirs, "it is theirs to remove"
+
+
 # Records
 
 
