@@ -156,7 +156,7 @@ def test_sigterm_gives_a_checkpoint_and_the_same_command_goes_on(folder, start):
     command.process.send_signal(signal.SIGTERM)
     ended = command.end()
     assert ended.code == 143, ended.err
-    assert time.monotonic() - asked < 40
+    assert time.monotonic() - asked < 120
     result = ended.result
     assert result["status"] == "stopped"
     assert 10 < result["step"] < 60

@@ -97,7 +97,7 @@ def test_the_lock_of_a_dead_driver_is_taken_over_at_once(kind, root, tmp_path):
         holder.kill()
         start = time.monotonic()
         with lock(root):
-            assert time.monotonic() - start < 1
+            assert time.monotonic() - start < 10, "not after missed beats"
             held = json.loads((root.parent / ".NAME.lock").read())
             assert (held["pid"], held["host"]) == (os.getpid(), socket.gethostname())
 

@@ -75,7 +75,7 @@ def test_a_second_ctrl_c_interrupts_at_once(driver):
     begin = time.monotonic()
     process.send_signal(signal.SIGINT)
     assert process.communicate(timeout=20)[0] == "interrupted\n"
-    assert time.monotonic() - begin < 5
+    assert time.monotonic() - begin < 20, "it would sleep for 30"
 
 
 def test_a_second_sigterm_does_not_cut_the_checkpoint_short(driver):
