@@ -15,7 +15,7 @@ from PIL import Image
 from jem import checkpoint
 from jem.files import Location
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
 TINY = (
     *("digits", "workers=2", "batch_size=8", "model.name=slow_net:slow", "model.channels=[4]"),
