@@ -1,4 +1,4 @@
-"""Checkpoints: each rank writes its own part, then rank 0 commits them all with a manifest.
+"""Checkpoints: what they hold, how they are read and checked. How they are written: saving.py.
 
 A directory without `manifest.json` is not a checkpoint. The manifest names every file with its size
 and SHA-256, so that a damaged, missing or foreign file is found before anything of it is used. Nothing
@@ -16,23 +16,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from safetensors.torch import load as parse_tensors
-from safetensors.torch import save as pack_tensors
 from torch import Tensor
 
-from jem.errors import CheckpointError, DivergedError
+from jem.errors import CheckpointError
 from jem.files import Location
-from jem.optim import load_optimizer_tensors, optimizer_tensors
+from jem.optim import load_optimizer_tensors
 from jem.randomness import generator
 from jem.train import TrainState
 from jem.world import World
 
-SCHEMA = 1
+SCHEMA = 2
 MANIFEST = "manifest.json"
 
 
@@ -68,53 +67,14 @@ class Manifest:
         return dict(parse_tensors(self.read(name)))
 
     def verify(self) -> None:
-        """Read everything. Raises CheckpointError naming the first file that is not as it was written."""
+        """Read everything. Raises CheckpointError naming the first file that is not as it was written or is foreign."""
+        if self.directory.name != str(self.step):
+            raise CheckpointError(f"{self.directory.uri}: its manifest is that of a checkpoint of step {self.step}")
         for name in self.files:
             self.read(name)
-
-
-def save(
-    directory: Location,
-    state: TrainState,
-    world: World,
-    info: Mapping[str, Any],
-    sums: Mapping[str, Tensor],
-    best: Mapping[str, Tensor] | None = None,
-    events: bytes = b"",
-) -> None:
-    """Write the checkpoint; every rank calls this, and when it returns the checkpoint is committed.
-
-    `sums` are tensors of this rank that add up over ranks; they come back from `restore`. Raises
-    DivergedError, before anything is written, if weights or chains are not finite.
-    """
-    fault = _non_finite(state)
-    if world.any(fault is not None, state.generator.device):
-        raise DivergedError(f"step {state.step}: {fault or 'another rank'} is not finite; no checkpoint was written")
-    if world.rank == 0:
-        (directory / MANIFEST).remove()  # what is there is about to be replaced: it is no checkpoint any more
-        directory.mkdir()
-    world.barrier()
-    written = {}
-    for name, data in _parts(state, world, sums, best, events).items():
-        (directory / name).write(data)
-        written[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    (directory / _part_record(world.rank, world.size)).write(_json(written))
-    world.barrier()
-    if world.rank == 0:
-        records = [json.loads((directory / _part_record(r, world.size)).read()) for r in range(world.size)]
-        manifest = {
-            "schema": SCHEMA,
-            "step": state.step,
-            "world_size": world.size,
-            "world_epoch": state.world_epoch,
-            "device": state.generator.device.type,
-            "files": {name: entry for record in records for name, entry in record.items()},
-            "info": dict(info),
-        }
-        (directory / MANIFEST).write(_sealed(manifest))
-        for rank in range(world.size):
-            (directory / _part_record(rank, world.size)).remove()
-    world.barrier()
+        for path in self.directory.children():
+            if path.name not in self.files and not path.name.startswith((MANIFEST, "part-", ".")):
+                raise CheckpointError(f"{path.uri}: does not belong to this checkpoint, its manifest does not list it")
 
 
 def read_manifest(directory: Location) -> Manifest:
@@ -126,7 +86,7 @@ def read_manifest(directory: Location) -> Manifest:
         if content["schema"] != SCHEMA:
             raise CheckpointError(f"{path.uri}: schema {content['schema']}, this version reads {SCHEMA}")
         del content["sha256"]
-        if _sealed(content) != data:
+        if sealed(content) != data:
             raise CheckpointError(f"{path.uri}: damaged (its contents are not what was written)")
         fields = ("step", "world_size", "world_epoch", "device", "files", "info")
         return Manifest(directory, *(content[field] for field in fields))
@@ -142,13 +102,19 @@ def committed(root: Location) -> list[Location]:
     return sorted(found, key=lambda d: int(d.name), reverse=True)
 
 
-def newest_good(root: Location) -> tuple[Manifest | None, list[str]]:
-    """The newest checkpoint whose every file is as it was written, and what is wrong with newer ones."""
+def newest_good(
+    directories: Iterable[Location], check: Callable[[Manifest], None] = lambda _: None
+) -> tuple[Manifest | None, list[str]]:
+    """The first checkpoint whose every file is as it was written, and what is wrong with those before it.
+
+    `check` may raise CheckpointError for one that is whole and yet not the caller's.
+    """
     faults: list[str] = []
-    for directory in committed(root):
+    for directory in directories:
         try:
             manifest = read_manifest(directory)
             manifest.verify()
+            check(manifest)
             return manifest, faults
         except CheckpointError as error:
             faults.append(str(error))
@@ -170,14 +136,14 @@ def restore(manifest: Manifest, state: TrainState, world: World, seed: int) -> d
     if state.replay is not None:
         state.replay.chains = read_chains(manifest, world, state.replay.config.capacity).to(state.replay.chains)
     if (manifest.world_size, manifest.device) == (world.size, state.generator.device.type):
-        sums = manifest.tensors(_rank_file(world.rank, world.size))
+        sums = manifest.tensors(rank_file(world.rank, world.size))
         state.generator.set_state(sums.pop("generator"))
         return sums
     state.world_epoch += 1
     state.generator = generator(
         state.generator.device, seed, "chains", world.rank, world.size, state.world_epoch, state.step
     )
-    parts = [manifest.tensors(_rank_file(r, manifest.world_size)) for r in range(manifest.world_size)]
+    parts = [manifest.tensors(rank_file(r, manifest.world_size)) for r in range(manifest.world_size)]
     mine = parts if world.rank == 0 else []
     return {
         key: sum((part[key] for part in mine), torch.zeros_like(parts[0][key]))
@@ -194,7 +160,7 @@ def read_chains(manifest: Manifest, world: World, capacity: int) -> Tensor:
         held = World(rank, manifest.world_size).share(capacity)
         begin, end = max(rows.start, held.start), min(rows.stop, held.stop)
         if begin < end:
-            name = _chains_file(rank, manifest.world_size)
+            name = chains_file(rank, manifest.world_size)
             shard = manifest.tensors(name)["chains"]
             if len(shard) != held.stop - held.start:
                 found = f"{manifest.directory.uri}/{name}: holds {len(shard)} chains"
@@ -219,63 +185,24 @@ def load_weights(network: torch.nn.Module, tensors: Mapping[str, Tensor], source
     network.load_state_dict(tensors)
 
 
-def _parts(
-    state: TrainState,
-    world: World,
-    sums: Mapping[str, Tensor],
-    best: Mapping[str, Tensor] | None,
-    events: bytes,
-) -> dict[str, bytes]:
-    """The files this rank writes."""
-    parts = {_rank_file(world.rank, world.size): _pack({**sums, "generator": state.generator.get_state()})}
-    if state.replay is not None:
-        parts[_chains_file(world.rank, world.size)] = _pack({"chains": state.replay.chains})
-    if world.rank > 0:
-        return parts
-    parts["model.safetensors"] = _pack(state.network.state_dict())
-    parts["optimizer.safetensors"] = _pack(optimizer_tensors(state.network, state.optimizer))
-    if state.average is not None:
-        parts["ema.safetensors"] = _pack(state.average.state_dict())
-    if best is not None:
-        parts["best.safetensors"] = _pack(best)
-    parts["events.jsonl"] = events
-    return parts
-
-
-def _non_finite(state: TrainState) -> str | None:
-    """The name of a tensor that holds NaN or infinity."""
-    tensors = dict(state.network.state_dict())
-    if state.average is not None:
-        tensors |= {f"the average's {name}": value for name, value in state.average.state_dict().items()}
-    if state.replay is not None:
-        tensors["the replay buffer"] = state.replay.chains
-    floats = ((name, t) for name, t in tensors.items() if t.is_floating_point())
-    return next((name for name, t in floats if not t.isfinite().all()), None)
-
-
-def _pack(tensors: Mapping[str, Tensor]) -> bytes:
-    # cloned, as tensors that share memory (tied weights) are not packed
-    return bytes(pack_tensors({name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}))
-
-
-def _json(content: Any) -> bytes:
+def to_json(content: Any) -> bytes:
     return json.dumps(content, indent=1).encode()
 
 
-def _sealed(content: Mapping[str, Any]) -> bytes:
+def sealed(content: Mapping[str, Any]) -> bytes:
     """JSON that ends with a digest of itself: nothing else vouches for the manifest."""
-    return _json({**content, "sha256": hashlib.sha256(_json(content)).hexdigest()})
+    return to_json({**content, "sha256": hashlib.sha256(to_json(content)).hexdigest()})
 
 
-def _rank_file(rank: int, size: int) -> str:
+def rank_file(rank: int, size: int) -> str:
     return f"rank-{rank:05d}-of-{size:05d}.safetensors"
 
 
-def _chains_file(rank: int, size: int) -> str:
+def chains_file(rank: int, size: int) -> str:
     return f"chains-{rank:05d}-of-{size:05d}.safetensors"
 
 
-def _part_record(rank: int, size: int) -> str:
+def part_record(rank: int, size: int) -> str:
     return f"part-{rank:05d}-of-{size:05d}.json"
 
 

@@ -110,6 +110,9 @@ class SGLDConfig(Settings):
     noise_scale: float = setting(0.01, ge=0, doc="standard deviation of the noise of a step")
     conditional: bool = setting(False, doc="chains keep a class y and follow E(x, y), y ~ uniform; else E(x)")
     clamp: float | None = setting(None, gt=0, doc="positions are kept within +- this after each step; none: free")
+    gradient_clamp: float | None = setting(
+        None, gt=0, doc="each component of a step's gradient is kept within +- this; with clamp: proximal SGLD (JEM++)"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

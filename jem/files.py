@@ -103,6 +103,7 @@ class Location:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, target)
+            _sync_folder(target.parent)  # the rename itself survives a power cut
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
@@ -138,6 +139,14 @@ class Location:
 
     def _info(self) -> Any:
         return self.fs.get_file_info(self.path)
+
+
+def _sync_folder(path: Path) -> None:
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
 def _with_whole_writes(uri: str) -> str:

@@ -8,39 +8,46 @@ from jem.config import ObjectiveConfig
 from jem.train import StepInfo
 from jem.world import World
 
+OF_CHAINS = ("chain_grad_norm", "reinit_share", "chain_saturation", "chain_contrast", "data_contrast")
+
+NUMBERS = ("lost_chains", "skipped", "steps")
+"""Counted at every step and added up; all others are means over the steps whose updates were made."""
+
 FIELDS = (
     *("loss", "cross_entropy", "energy_data", "energy_samples", "accuracy"),
-    *("chain_grad_norm", "reinit_share", "lost_chains", "grad_norm", "skipped", "steps"),
+    *(*OF_CHAINS, "grad_norm", *NUMBERS),
 )
-OF_SAMPLES = ("energy_samples", "energy_gap", "chain_grad_norm", "reinit_share", "lost_chains")
+OF_SAMPLES = ("energy_samples", "energy_gap", "lost_chains", *OF_CHAINS)
+"""What a classifier has none of."""
 
 
 class Meter:
-    """This rank's sums since the last reading, float64 [len(FIELDS)]; they add up over ranks."""
+    """This rank's sums, float64 [readers, len(FIELDS)]; they add up over ranks.
 
-    def __init__(self, device: torch.device) -> None:
-        self.sums = torch.zeros(len(FIELDS), dtype=torch.float64, device=device)
+    Each reader has sums of its own, since its own last reading: 0 tracks, 1 looks after health.
+    """
+
+    def __init__(self, device: torch.device, readers: int = 2) -> None:
+        self.sums = torch.zeros(readers, len(FIELDS), dtype=torch.float64, device=device)
+        self.means = torch.tensor([field not in NUMBERS for field in FIELDS], device=device)
 
     def add(self, info: StepInfo, world: World) -> None:
         """Count a step. One whose update was skipped counts as that alone: its figures are not numbers."""
         one = torch.ones_like(info.grad_norm) / world.size
-        figures = [*info.loss, info.chain_grad_norm, info.reinit_share, info.lost_chains, info.grad_norm]
-        values = torch.stack([*figures, one * info.skipped, one]).double()
-        values[:7] = torch.where(info.skipped, 0.0, values[:7])
-        values[8] = torch.where(info.skipped, 0.0, values[8])
-        self.sums += values
+        chains = [getattr(info, field) for field in OF_CHAINS]
+        values = torch.stack([*info.loss, *chains, info.grad_norm, info.lost_chains, one * info.skipped, one]).double()
+        self.sums += torch.where(info.skipped & self.means, 0.0, values)
 
-    def read(self, world: World) -> dict[str, float]:
-        """Means over the steps since the last reading whose updates were made, over all ranks; starts anew.
+    def read(self, world: World, reader: int = 0) -> dict[str, float]:
+        """Means over the steps since this reader's last reading whose updates were made, over all ranks.
 
         `lost_chains`, `skipped` and `steps` are numbers, not means. Raises nothing: if every update was
-        skipped, the means are NaN.
+        skipped, the means are NaN. The reader starts anew, the others are left as they are.
         """
-        total = dict(zip(FIELDS, world.sum(self.sums).tolist(), strict=True))
-        self.sums.zero_()
+        total = dict(zip(FIELDS, world.sum(self.sums[reader]).tolist(), strict=True))
+        self.sums[reader].zero_()
         counted = total["steps"] - total["skipped"]
-        numbers = ("lost_chains", "skipped", "steps")
-        return {k: v if k in numbers else v / counted if counted > 0.5 else float("nan") for k, v in total.items()}
+        return {k: v if k in NUMBERS else v / counted if counted > 0.5 else float("nan") for k, v in total.items()}
 
 
 def named(figures: dict[str, float], objective: ObjectiveConfig, learning_rate: float) -> dict[str, float]:

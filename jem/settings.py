@@ -7,6 +7,7 @@ sweep, and writes `--help`. Standard library only: a mistake is reported before 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import hashlib
@@ -242,10 +243,13 @@ def _convert(hint: Any, value: Any, raw: str | None) -> Any:
     """`value` as the annotated type, exactly: nothing is rounded and no text becomes a truth value."""
     options = typing.get_args(hint)
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        if value is None or (raw or value) in ("none", "None"):
+        if type(None) in options and (value is None or (raw or value) in ("none", "None")):
             return None
-        inner = next(option for option in options if option is not type(None))
-        return _convert(inner, value, raw)
+        *others, last = (option for option in options if option is not type(None))
+        for option in others:  # the first that fits
+            with contextlib.suppress(ValueError):
+                return _convert(option, value, raw)
+        return _convert(last, value, raw)
     if typing.get_origin(hint) is tuple:
         items = value if isinstance(value, (list, tuple)) else None
         if items is None:

@@ -29,14 +29,19 @@ def sgld_step(
     Langevin dynamics at temperature 1 needs noise_scale = sqrt(2 * step_size); JEM sets the two
     apart, so its defaults sample at temperature noise_scale**2 / (2 * step_size) = 5e-5.
 
-    With `config.clamp` = c the new positions are moved back into [-c, c].
+    With `config.gradient_clamp` = g each component of the gradient is first moved into [-g, g], and with
+    `config.clamp` = c the new positions are moved back into [-c, c]: together, proximal SGLD (Yang & Ji,
+    JEM++, 2021, who set both to 1 and noise_scale to 0). `grad_norm` is of the gradient before.
     """
     with torch.enable_grad():
         position = x.detach().requires_grad_(True)
         energy = energy_fn(position)
         (gradient,) = torch.autograd.grad(energy.sum(), position)
     noise = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
-    moved = x - config.step_size * gradient + config.noise_scale * noise
+    downhill = gradient
+    if config.gradient_clamp is not None:
+        downhill = gradient.clamp(-config.gradient_clamp, config.gradient_clamp)
+    moved = x - config.step_size * downhill + config.noise_scale * noise
     if config.clamp is not None:
         moved = moved.clamp(-config.clamp, config.clamp)
     return moved, Transition(energy.detach(), gradient.flatten(1).norm(dim=1))

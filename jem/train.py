@@ -42,12 +42,16 @@ class StepInfo(NamedTuple):
     """What a step saw, as tensors on the device. Fields sum over the ranks to the step's figure.
 
     `chain_grad_norm` is the mean norm of the energy's gradient at the chains' last position but one,
-    `reinit_share` the share of chains that restarted, `lost_chains` the number that were not finite.
+    `reinit_share` the share of chains that restarted, `lost_chains` the number that were not finite;
+    `chain_saturation`, `chain_contrast` and `data_contrast` are those of `looks` after the step's chains moved.
     """
 
     loss: Loss
     chain_grad_norm: Float[Tensor, ""]
     reinit_share: Float[Tensor, ""]
+    chain_saturation: Float[Tensor, ""]
+    chain_contrast: Float[Tensor, ""]
+    data_contrast: Float[Tensor, ""]
     lost_chains: Float[Tensor, ""]
     grad_norm: Float[Tensor, ""]
     skipped: Bool[Tensor, ""]  # the same on every rank
@@ -62,6 +66,9 @@ class Samples(NamedTuple):
     labels: Tensor
     chain_grad_norm: Tensor
     reinit_share: Tensor
+    chain_saturation: Tensor
+    chain_contrast: Tensor
+    data_contrast: Tensor
     lost_chains: Tensor
 
 
@@ -153,6 +160,9 @@ def train_step(
         loss._replace(total=loss.total.detach()),
         samples.chain_grad_norm,
         samples.reinit_share,
+        samples.chain_saturation,
+        samples.chain_contrast,
+        samples.data_contrast,
         samples.lost_chains,
         grad_norm / world.size,
         skipped,
@@ -168,18 +178,42 @@ def sample(state: TrainState, config: JEMConfig, like: Float[Tensor, "n c h w"],
     """
     if state.replay is None:
         none = like.new_zeros(())
-        return Samples(like[:0], torch.zeros(0, dtype=torch.int64, device=like.device), none, none, none)
+        return Samples(like[:0], torch.zeros(0, dtype=torch.int64, device=like.device), *[none] * 6)
     drawn = state.replay.draw(len(like), state.generator)
     state.network.eval()
     with autocast(config, like.device):
         energy = energy_fn(state.network, drawn.labels if config.sgld.conditional else None)
         images, transition = sgld_chain(energy, drawn.x, config.sgld, state.generator)
     lost = state.replay.write(drawn.slots, images)
-    return Samples(images, drawn.labels, *_shares(transition, drawn.restarted, n_global), lost.to(like.dtype))
+    shares = *_shares(transition, drawn.restarted, n_global), *looks(images, like, config, n_global)
+    return Samples(images, drawn.labels, *shares, lost.to(like.dtype))
 
 
 def _shares(transition: Transition, restarted: Tensor, n_global: int) -> tuple[Tensor, Tensor]:
     return transition.grad_norm.sum() / n_global, restarted.sum().to(transition.grad_norm.dtype) / n_global
+
+
+WIDE = 2.0
+"""Where a chain without a clamp counts as saturated: twice as far out as data, which live on [-1, 1]."""
+
+
+def looks(
+    chains: Float[Tensor, "n c h w"], data: Float[Tensor, "n c h w"], config: JEMConfig, n_global: int
+) -> tuple[Float[Tensor, ""], Float[Tensor, ""], Float[Tensor, ""]]:
+    """This rank's part of what chains look like beside data: saturation, and the contrast of each.
+
+    Saturation: the share of the chains' pixels with |x| >= the clamp (or 2 where there is none), less the
+    share of the data's, which counts from two standard deviations of the data's noise below that: many data
+    are black over most of an image, and a chain that has learnt so sits at the clamp rightly. In [-1, 1];
+    about 0 or below while the chains are well.
+
+    Contrast: the mean over images of the variance of an image's pixels. 0: each is of one grey.
+    """
+    at = config.sgld.clamp or WIDE
+    excess = (chains.abs() >= at).sum() - (data.abs() >= at - 2 * config.data.noise_std).sum()
+    saturation = excess.to(chains.dtype) / (n_global * chains.shape[1:].numel())
+    contrasts = [x.flatten(1).var(dim=1, correction=0).sum() / n_global for x in (chains, data)]
+    return saturation, contrasts[0], contrasts[1]
 
 
 def frozen_logits(network: nn.Module, config: JEMConfig) -> Logits:

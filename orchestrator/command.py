@@ -12,6 +12,7 @@ from typing import NoReturn
 
 from jem.errors import ConfigError, JEMError
 from orchestrator.result import Result
+from orchestrator.signals import deaf, interruptible
 
 RAY_THREAD = "ray-train"
 """The thread that waits for Ray Train."""
@@ -30,7 +31,8 @@ class Parser(argparse.ArgumentParser):
 def run_command(function: Callable[[], Result]) -> int:
     """Call `function`, end stdout with its result, and return the exit code. An exception is a result too."""
     try:
-        result = function()
+        with interruptible():
+            result = function()
     except JEMError as error:
         result = Result(status=error.status, message=str(error))
     except KeyboardInterrupt:
@@ -38,10 +40,11 @@ def run_command(function: Callable[[], Result]) -> int:
     except Exception as error:
         traceback.print_exc()
         result = Result(status="failed", message=f"{type(error).__name__}: {error}")
-    if result.message:
-        print(f"{result.status}: {result.message}", file=sys.stderr)
-    sys.stderr.flush()
-    print(result.json(), flush=True)
+    with deaf():
+        if result.message:
+            print(f"{result.status}: {result.message}", file=sys.stderr)
+        sys.stderr.flush()
+        print(result.json(), flush=True)
     if any(thread.name == RAY_THREAD and thread.is_alive() for thread in threading.enumerate()):
         os._exit(result.exit_code)  # it waits for workers that are gone, and would make the interpreter abort
     return result.exit_code

@@ -8,10 +8,11 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import yaml
@@ -30,20 +31,60 @@ PATHS = ("init_from", "data.root")
 """Settings that are a local path, or a URI such as s3://... or models:/..."""
 
 
+C = TypeVar("C", bound=JEMConfig)
+
+LADDER = (
+    "seed",
+    "optimizer.learning_rate*0.5",
+    "sgld.steps*2",
+    "objective.energy_l2=0.1",
+    "sgld.clamp=1 sgld.gradient_clamp=1",
+)
+"""What JEM's author and its successors found to help, from the cheapest on: other noise, a lower learning rate,
+longer chains, an L2 penalty on energies (Du & Mordatch, 2019), proximal steps (JEM++, 2021)."""
+
+REMEDIES = (
+    *("optimizer.learning_rate", "optimizer.clip_norm", "sgld.steps", "sgld.step_size", "sgld.noise_scale"),
+    *("sgld.clamp", "sgld.gradient_clamp", "replay.reinit_prob", "objective.energy_l2"),
+    *("objective.p_y_given_x_weight", "objective.p_x_weight", "objective.p_x_y_weight"),
+)
+"""Settings that a remedy may change in the middle of a run."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig(Settings):
-    """When checkpoints are written and how many stay."""
+    """When checkpoints are written and which stay."""
 
-    every: int = setting(500, ge=1, doc="steps between checkpoints; the last step always has one")
+    every: int = setting(500, ge=1, doc="steps between checkpoints; the first and the last step always have one")
     keep: int = setting(3, ge=1, doc="newest checkpoints that stay")
+    spaced: int = setting(
+        2, ge=0, doc="older ones stay too, for walking back: two each of every 4th, of every 16th, ... so often"
+    )
+    max_failures: int = setting(3, ge=1, doc="checkpoints in a row that cannot be written before the run stops")
 
 
 @dataclass(frozen=True, kw_only=True)
 class RecoveryConfig(Settings):
-    """What happens when a worker dies."""
+    """What happens when a worker dies or hangs, and when training diverges."""
 
     max_failures: int = setting(3, ge=0, doc="how often dead workers are replaced before the run counts as failed")
-    max_skipped: int = setting(20, ge=1, doc="non-finite updates in a row, each skipped, before the run has diverged")
+    hang_timeout: float = setting(300.0, gt=0, doc="seconds without a step after which a worker is restarted")
+    every: int = setting(25, ge=1, doc="steps between looks at whether training is healthy")
+    healthy_steps: int = setting(
+        200, ge=0, doc="steps that must stay healthy after a checkpoint before divergence rolls back to it"
+    )
+    max: int = setting(10, ge=0, doc="rollbacks before the run counts as diverged")
+    ladder: tuple[str, ...] = setting(
+        LADDER, doc="what changes with each rollback, kept with what came before: seed, KEY*FACTOR, KEY=VALUE"
+    )
+    relax_steps: int = setting(1000, ge=1, doc="healthy steps after which the last remedy is taken back")
+
+    def conflicts(self) -> Iterator[tuple[str, str]]:
+        for remedy in self.ladder:
+            for change in remedy.split():
+                problem = _remedy_problem(change)
+                if problem:
+                    yield "ladder", f"has {change!r}, {problem}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +104,11 @@ class RunConfig(JEMConfig):
     """A run: the model and its training, plus where and how."""
 
     name: str | None = setting(None, doc="of the run; none: the recipe's name and a digest of the science")
-    workers: int = setting(doc="Ray Train workers that share the batch and the chains, at most batch_size", ge=1)
+    workers: int | str = setting(
+        doc="Ray Train workers that share the batch and the chains, at most batch_size; MIN..MAX: as many of them as "
+        "the cluster has room for, while nodes come and go",
+        ge=1,
+    )
     steps: int = setting(ge=1, doc="optimiser steps; more of them continue a finished run")
     device: str = setting("auto", choices=("auto", "cpu", "cuda"), doc="auto: a GPU a worker where there are enough")
     deterministic: bool = setting(False, doc="GPU: deterministic kernels only")
@@ -75,12 +120,16 @@ class RunConfig(JEMConfig):
 
     def conflicts(self) -> Iterator[tuple[str, str]]:
         yield from super().conflicts()
-        if self.workers > self.batch_size:
+        if _bounds(self.workers) is None:
+            yield "workers", f"is {self.workers!r}, must be N or MIN..MAX, such as 2 or 1..4"
+        elif self.max_workers > self.batch_size:
             yield "workers", f"is {self.workers}, must be from 1 to batch_size ({self.batch_size})"
-        elif self.objective.samples_needed and not _shards_suffice(self):
+        elif self.objective.samples_needed and not all(
+            _shards_suffice(self, size) for size in range(self.min_workers, self.max_workers + 1)
+        ):
             yield (
                 "replay.capacity",
-                f"is {self.replay.capacity}, must be at least {self.batch_size + self.workers} so that "
+                f"is {self.replay.capacity}, must be at least {self.batch_size + self.max_workers} so that "
                 f"each of {self.workers} workers holds the chains it draws",
             )
         if self.evaluate.ema and not self.optimizer.ema_decay:
@@ -89,9 +138,26 @@ class RunConfig(JEMConfig):
             yield "name", f"is {self.name!r}, must be a folder's name: no slashes, spaces or leading dot"
 
     @property
+    def min_workers(self) -> int:
+        """With fewer of them the run waits."""
+        return (_bounds(self.workers) or (1, 1))[0]
+
+    @property
+    def max_workers(self) -> int:
+        return (_bounds(self.workers) or (1, 1))[1]
+
+    @property
     def science(self) -> dict[str, Any]:
         """What changes the numbers, flat."""
         return flatten(self, SCIENCE)
+
+    @property
+    def digest(self) -> str:
+        """Names the science. Defaults are left out: a setting that a later version adds renames no run."""
+        return digest({key: value for key, value in self.science.items() if key == "seed" or value != DEFAULTS[key]})
+
+
+DEFAULTS = flatten(JEMConfig(seed=0), SCIENCE)
 
 
 def load_run_config(recipe: str, arguments: Sequence[str]) -> RunConfig:
@@ -112,7 +178,7 @@ def load_run_config(recipe: str, arguments: Sequence[str]) -> RunConfig:
     if problems:
         raise ConfigError(problems)
     if config.name is None:
-        config = replace(config, name=f"{Path(recipe).stem}-{digest(config.science)}")
+        config = replace(config, name=f"{Path(recipe).stem}-{config.digest}")
     return config
 
 
@@ -261,6 +327,32 @@ def check_folder(config: RunConfig) -> None:
         raise ConfigError(problems)
 
 
+def remedied(config: C, change: str) -> C:
+    """The configuration with one change of a ladder made, such as `sgld.steps*2`; `seed` changes none."""
+    key, _, factor = change.partition("*")
+    if factor:
+        value = flatten(config)[key] * float(factor)
+        return override(config, {key: max(1, round(value)) if key == "sgld.steps" else value})
+    key, equals, text = change.partition("=")
+    return override(config, {key: Entry(yaml.safe_load(text), raw=text)}) if equals else config
+
+
+def _remedy_problem(change: str) -> str | None:
+    """What is wrong with a change of a ladder, if anything."""
+    if change == "seed":
+        return None
+    key = change.replace("*", "=").partition("=")[0]
+    if key not in REMEDIES:
+        close = difflib.get_close_matches(key, REMEDIES, 1)
+        hint = f"; did you mean {close[0]}?" if close else f"; such as {LADDER[1]}. KEY can be {', '.join(REMEDIES)}"
+        return f"must be seed, KEY*FACTOR or KEY=VALUE{hint}"
+    try:
+        remedied(JEMConfig(seed=0), change)
+    except (ConfigError, ValueError, TypeError, yaml.YAMLError) as error:
+        return f"which cannot be: {error}"
+    return None
+
+
 def _mistakes(entries: dict[str, Entry]) -> tuple[Problem, ...]:
     try:
         build(RunConfig, entries)
@@ -284,10 +376,19 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, tuple) else value
 
 
-def _shards_suffice(config: RunConfig) -> bool:
+def _bounds(workers: int | str) -> tuple[int, int] | None:
+    """The fewest and the most workers that `N` or `MIN..MAX` stands for; None if it stands for nothing."""
+    if isinstance(workers, int):
+        return workers, workers
+    match = re.fullmatch(r"(\d+)\.\.(\d+)", workers, re.ASCII)
+    least, most = map(int, match.groups()) if match else (0, 0)
+    return (least, most) if 1 <= least <= most else None
+
+
+def _shards_suffice(config: RunConfig, workers: int) -> bool:
     """Whether every rank's shard holds as many chains as its share of the batch."""
 
     def share(n: int, rank: int) -> int:
-        return n * (rank + 1) // config.workers - n * rank // config.workers
+        return n * (rank + 1) // workers - n * rank // workers
 
-    return all(share(config.replay.capacity, r) >= share(config.batch_size, r) for r in range(config.workers))
+    return all(share(config.replay.capacity, r) >= share(config.batch_size, r) for r in range(workers))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 
 import torch
 import torch.distributed as dist
@@ -33,18 +34,25 @@ class Control:
         self.next_step = 0
         self.last = (0, time.monotonic())
 
+    def due(self, step: int) -> bool:
+        """Whether all ranks look up after this step; the same answer on every rank."""
+        return step >= self.next_step
+
     def stop_requested(self, step: int) -> bool:
-        """Whether to stop after this step; the same answer on every rank."""
-        if step < self.next_step:
-            return False
+        """Whether to stop after this step; the same answer on every rank, which ask when a look is due."""
         word = torch.zeros(2, dtype=torch.int64, device=self.device)
         if self.world.rank == 0:
             before, then = self.last
-            rate = (step - before) / max(time.monotonic() - then, 1e-3) if self.next_step else 1.0
-            word[0] = int((self.root / "stop").exists())
+            rate = max(0, step - before) / max(time.monotonic() - then, 1e-3) if self.next_step else 1.0
+            with suppress(OSError):  # a store that is away for a moment: the next look asks again
+                word[0] = int((self.root / "stop").exists())
             word[1] = step + max(1, min(1000, round(rate * LOOK_EVERY_S)))
         if self.world.size > 1:
             dist.broadcast(word, src=0)
         stop, self.next_step = bool(word[0].item()), int(word[1].item())
         self.last = (step, time.monotonic())
         return stop
+
+    def went_back(self, step: int) -> None:
+        """Look up at once: the steps that were counted on are run again."""
+        self.next_step = step

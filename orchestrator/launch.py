@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 import socket
 import threading
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 from jem import checkpoint
@@ -21,17 +22,25 @@ from orchestrator.control import clear_request, request_stop
 from orchestrator.curves import curves_png, latest
 from orchestrator.events import EventLog
 from orchestrator.facts import facts
-from orchestrator.mirror import Mirror, spool_of
+from orchestrator.mirror import Mirror
 from orchestrator.progress import Progress, follow
-from orchestrator.ray_cluster import start_ray, train_on_ray
+from orchestrator.ray_cluster import leave_ray, start_ray, train_on_ray
 from orchestrator.registry import resolve_model
 from orchestrator.result import Result
-from orchestrator.runs import RunRecord, aside, lock, open_record, storage_of, write_config
+from orchestrator.runs import RunRecord, aside, lock, open_record, spool_of, storage_of, write_config
 from orchestrator.signals import StopSignals
 from orchestrator.tracking import Uploader, default_uri
 
-STOP_PATIENCE_S = 25.0
-"""How long workers may take to reach a checkpoint after a request to stop."""
+log = logging.getLogger(__name__)
+
+CLOSING_S = 8.0
+"""Of the time that a signal leaves (signals.STOP_WITHIN_S): for what follows the workers' last checkpoint."""
+
+SAVING_S = 2.0
+"""Of that time: for run.json and the last line, after MLflow."""
+
+UPLOAD_S = 60.0
+"""How long the end waits for MLflow."""
 
 
 def launch(config: RunConfig, fresh: bool = False) -> Result:
@@ -86,65 +95,78 @@ class Attempt:
         result = Result(**self.record.result)
         if not self.record.mlflow.get("complete") and self.log_path.exists():
             self.uploader.start()
-            result.run_id = self.uploader.finish(result.status, timeout=60)
+            result.run_id = self.uploader.finish(result.status, timeout=UPLOAD_S)
             self._remember_upload(result)
         return result
 
     def run(self) -> Result:
+        with StopSignals(self._last_word) as self.signals:
+            seen = self._begin()
+            try:
+                with self._progress(seen):
+                    outcome = self._wait_for_training()
+            except BaseException as error:  # the run is closed as what it is, whatever happened
+                outcome = self._failed(error)
+            return self._close(outcome)
+
+    def _begin(self) -> int:
+        """Write down that this attempt has begun; where the log ends at present."""
         entry = {"number": self.number, "host": socket.gethostname(), "pid": os.getpid(), "started": time.time()}
         self.record.attempts.append(entry | {"workers": self.config.workers})
         self.record.status = "running"
+        self.record.mlflow["complete"] = False
         self._save()
         clear_request(self.root)
         seen = self.log_path.stat().st_size if self.log_path.exists() else 0
         EventLog(self.log_path).close()
         self.uploader.start()
-        with StopSignals() as self.signals:
-            try:
-                with self._progress(seen):
-                    outcome = self._train()
-            except BaseException as error:  # the run is closed as what it is, whatever happened
-                outcome = self._failed(error)
-            return self._close(outcome)
+        return seen
 
     def _train(self) -> dict[str, Any]:
         """Ray up, all steps, Ray down; what the workers say of it."""
         init_from = resolve_model(self.config.init_from, self.root, self.uri)
         with start_ray(self.config) as cluster, Mirror(self.root, self.log_path, needed=not cluster.private):
-            self.signals.listen()  # again: ray.init has put handlers of its own there
             if self.signals.stopping:
                 return {"status": "stopped", "message": "stopped before training began"}
-            return self._in_thread(
-                lambda: train_on_ray(self.config, self.root, self.log_path, self.number, init_from, cluster)
-            )
+            return train_on_ray(self.config, self.root, self.log_path, self.number, init_from, cluster)
 
-    def _in_thread(self, function: Any) -> dict[str, Any]:
+    def _wait_for_training(self) -> dict[str, Any]:
         """Wait in the main thread, where signals arrive, while Ray works in another.
 
-        On the main thread fit() would take SIGINT for itself and abort.
+        On the main thread ray.init would exit at a SIGTERM, and fit() abort at a SIGINT. The thread lives as long as Ray does: on Linux the processes of a private Ray are killed when it ends.
         """
         box: list[Any] = []
 
         def call() -> None:
             try:
-                box.append(function())
+                box.append(self._train())
             except BaseException as error:  # handed over to the main thread
                 box.append(error)
 
         thread = threading.Thread(target=call, daemon=True, name=RAY_THREAD)
         thread.start()
-        deadline = None
+        asking = None
         while thread.is_alive():
-            thread.join(0.2)
-            if self.signals.stopping and deadline is None:
-                with suppress(OSError):  # a store that is away for a moment: asked again
-                    request_stop(self.root)
-                    deadline = time.monotonic() + STOP_PATIENCE_S
-            if deadline is not None and time.monotonic() > deadline:
+            self.signals.listen()  # Ray's C++ side takes SIGTERM at some point of ray.init, and would abort
+            thread.join(0.05)
+            if self.signals.stopping and asking is None:
+                asking = threading.Thread(target=self._ask_to_stop, daemon=True, name="ask to stop")
+                asking.start()
+            if self.signals.left < CLOSING_S:
+                leave_ray(patience_s=CLOSING_S / 2)
                 return {"status": "stopped", "message": "stopped before the workers could write a checkpoint"}
         if isinstance(box[0], BaseException):
             raise box[0]
         return box[0]  # type: ignore[no-any-return]
+
+    def _ask_to_stop(self) -> None:
+        """In a thread of its own: a storage that hangs may not keep the driver from ending."""
+        while True:
+            try:
+                request_stop(self.root)
+                return
+            except OSError:  # a store that is away for a moment: asked again
+                time.sleep(1)
 
     @contextmanager
     def _progress(self, seen: int) -> Iterator[None]:
@@ -167,7 +189,7 @@ class Attempt:
             log.append("artifact", path=path)
         log.append("end", status=status)
         log.close()
-        run_id = self.uploader.finish(status, timeout=60)
+        run_id = self._finish_upload(status)
         newest = checkpoint.committed(self.root / "checkpoints")[:1] if status != CheckpointError.status else []
         result = Result(
             run_id=run_id,
@@ -186,6 +208,22 @@ class Attempt:
         self.record.attempts[-1] |= {"ended": time.time(), "status": status, "step": result.step}
         self._remember_upload(result)
         return result
+
+    def _finish_upload(self, status: str) -> str | None:
+        """Send what is left to MLflow and close the run there, as far as time allows; its id."""
+        patience = max(0.0, min(UPLOAD_S, self.signals.left - SAVING_S))
+        thread = threading.Thread(target=self.uploader.finish, args=(status, patience), daemon=True, name="finish")
+        thread.start()
+        while thread.is_alive() and self.signals.left > SAVING_S / 2:
+            thread.join(0.1)
+        return self.uploader.run_id
+
+    def _last_word(self) -> int:
+        """Time is up and something hangs: the last line, without asking anybody anything."""
+        message = "stopped, and ended before all was written: the storage or MLflow does not answer"
+        result = Result(run_id=self.uploader.run_id, name=self.record.name, status="stopped", message=message)
+        print(result.json(), flush=True)
+        return result.exit_code
 
     def _remember_upload(self, result: Result) -> None:
         self.record.result = dataclasses.asdict(result)
@@ -206,8 +244,12 @@ class Attempt:
         recipe = to_yaml(self.config).encode()
         for name, content in (("recipe.yaml", recipe), ("curves.png", curves_png(self.log_path))):
             if content is not None:
-                (self.folder / name).write_bytes(content)
-                yield name
+                try:
+                    (self.folder / name).write_bytes(content)
+                except OSError as error:  # a full disk
+                    log.warning("%s cannot be written: %s", self.folder / name, error)
+                else:
+                    yield name
 
     def _newest_picture(self) -> str | None:
         pictures = (self.root / "samples").children()
@@ -218,5 +260,8 @@ class Attempt:
         self._save()
 
     def _save(self) -> None:
-        with self.saving:
-            self.record.save(self.root)
+        try:
+            with self.saving:
+                self.record.save(self.root)
+        except OSError as error:  # the disk is full: checkpoints and log say the same, and what came of it is printed
+            log.warning("%s cannot be written: %s", (self.root / "run.json").uri, error)

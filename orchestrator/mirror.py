@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import threading
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from jem import checkpoint
 from jem.errors import JEMError
@@ -23,12 +23,6 @@ TAIL = "events-tail.jsonl"
 """In the run's folder on an object store: the events after the last checkpoint."""
 
 
-def spool_of(root: Location) -> Path:
-    """A local folder for the log of a run whose own folder is not local."""
-    name = hashlib.sha256(root.uri.encode()).hexdigest()[:12]
-    return Path.home() / ".cache" / "jem" / "spool" / f"{root.name}-{name}"
-
-
 class Mirror:
     """While open, copies the events that committed checkpoints carry into the local log, and their pictures."""
 
@@ -42,7 +36,7 @@ class Mirror:
     def __enter__(self) -> Mirror:
         if self.behind:
             self.log = EventLog(self.log_path)
-            self.done = {e["step"] for e in events.read(self.log_path)[0] if e["kind"] == "checkpoint"}
+            self.done = {_identity(e) for e in events.read(self.log_path)[0] if e["kind"] == "checkpoint"}
             self._copy_or_warn()
         if self.needed:
             (self.root / TAIL).remove()  # of an earlier attempt
@@ -62,26 +56,33 @@ class Mirror:
         try:
             self.copy()
             if tail and (self.root / TAIL).exists():
-                self._take((self.root / TAIL).read())
+                known = set(self.log_path.read_bytes().splitlines())  # a checkpoint may carry some of them, too
+                lines = [line for line in (self.root / TAIL).read().splitlines() if line not in known]
+                self._take(b"".join(line + b"\n" for line in lines))
         except (JEMError, OSError) as error:
             log.warning("%s: some events could not be fetched (%s)", self.root.uri, error)
 
     def copy(self) -> None:
         """Take the events of checkpoints that the log does not know, oldest first."""
         for directory in reversed(checkpoint.committed(self.root / "checkpoints")):
-            step = int(directory.name)
-            if step not in self.done:
-                self._take(checkpoint.read_manifest(directory).read("events.jsonl"))
-                self.log.append("checkpoint", step=step)  # it cannot carry its own commit
-                self.done.add(step)
+            manifest = checkpoint.read_manifest(directory)
+            commit = {"step": manifest.step, "rollbacks": manifest.info["rollbacks"]}
+            if _identity(commit) not in self.done:
+                self._take(manifest.read("events.jsonl"))
+                self.log.append("checkpoint", **commit)  # it cannot carry its own commit
+                self.done.add(_identity(commit))
 
     def _take(self, lines: bytes) -> None:
-        for line in lines.splitlines():
+        taken = []
+        for line in lines.splitlines(keepends=True):
             event = json.loads(line)
+            if event["kind"] == "checkpoint":  # it is known from its directory
+                continue
+            taken.append(line)
             if event["kind"] == "image":
                 target = Location.of(self.log_path.parent / event["path"])
                 target.write((self.root / event["path"]).read())
-        self.log.extend(lines)
+        self.log.extend(b"".join(taken))
 
     def _work(self) -> None:
         while not self.stop.wait(LOOK_EVERY_S):
@@ -89,3 +90,8 @@ class Mirror:
                 self.copy()
             except (JEMError, OSError):
                 continue  # pruned or unreachable meanwhile: the next look tries again
+
+
+def _identity(commit: dict[str, Any]) -> tuple[int, int]:
+    """After a rollback the same step is reached again."""
+    return commit["step"], commit.get("rollbacks", 0)

@@ -16,6 +16,7 @@ from typing import Any
 
 from orchestrator.events import Event
 
+_SAID = ("time", "kind", "attempt", "step", "why")
 _MAX_NAME = 250
 _MAX_TAG = 8000
 
@@ -65,6 +66,7 @@ class Outbox:
     status: str | None = None
     _marks: dict[str, int] = field(default_factory=dict)
     _attempts: list[str] = field(default_factory=list)
+    _recoveries: list[str] = field(default_factory=list)
 
     def feed(self, event: Event) -> list[Item]:
         """Take the next event; return what it makes ready."""
@@ -81,7 +83,13 @@ class Outbox:
         elif kind == "checkpoint":
             return self._commit(event["step"])
         elif kind == "attempt":
-            return self._go_back(event)
+            details = [f"{key}={value}" for key, value in event.items() if key not in _SAID]
+            self._attempts.append(" ".join([f"{event.get('attempt', '?')}: from step {event['step']}", *details]))
+            return [*self._go_back(event["step"]), Tags({"attempts": _newest(self._attempts, "; ")})]
+        elif kind == "rollback":
+            about = f"{event['number']}: step {event['from_step']} to {event['step']}, {event['remedy']}"
+            self._recoveries.append(f"{about} ({event['reason']})")
+            return [*self._go_back(event["step"]), Tags({"recoveries": _newest(self._recoveries, "; ")})]
         elif kind == "end":
             self.status = event.get("status")
             return self._commit(None)
@@ -108,14 +116,10 @@ class Outbox:
         line = _line(item)
         return max(self._marks.get(line, -1), self.floor.get(line, -1))
 
-    def _go_back(self, event: Event) -> list[Item]:
+    def _go_back(self, step: int) -> list[Item]:
         """The run goes on from a checkpoint at `step`: up to there is committed, what waits beyond is run again."""
-        step = event["step"]
         ready = self._commit(step)
         self.waiting = []
-        details = [f"{key}={value}" for key, value in event.items() if key not in ("time", "kind", "attempt", "step")]
-        self._attempts.append(" ".join([f"{event.get('attempt', '?')}: from step {step}", *details]))
-        ready.append(Tags({"attempts": _newest(self._attempts, "; ")}))
         furthest = max(self._marks.values(), default=-1)
         if furthest > step:
             if (step + 1, furthest) not in self.rewritten:

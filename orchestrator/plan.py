@@ -44,8 +44,9 @@ def _network(config: RunConfig, spec: DataSpec) -> tuple[list[tuple[str, str]], 
     width = torch.finfo(dtype_of(config)).bits // 8
     copies = 2 + (2 if config.optimizer.name == "adam" else 1) + (config.optimizer.ema_decay > 0)
     samples = config.objective.samples_needed
-    share = -(-config.batch_size // config.workers)
-    chains = -(-config.replay.capacity // config.workers) if samples else 0
+    workers = config.min_workers  # the fewer they are, the more each of them holds
+    share = -(-config.batch_size // workers)
+    chains = -(-config.replay.capacity // workers) if samples else 0
     pixels = torch.Size(spec.image_shape).numel()
     images = sum((spec.sizes or {}).values())
     metrics = {

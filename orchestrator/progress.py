@@ -57,8 +57,16 @@ class Progress:
             self._pace.clear()  # the step may go back, and the pause says nothing about the pace
             if event["step"] > 0 or event.get("attempt", 1) > 1:
                 workers = f", {event['workers']} workers" if "workers" in event else ""
-                self._view.say(f"attempt {event.get('attempt', '?')}: going on from step {event['step']}{workers}")
+                why = f" ({event['why']})" if event.get("why") else ""
+                self._view.say(f"attempt {event.get('attempt', '?')}: going on from step {event['step']}{workers}{why}")
             self._view.show(event["step"], self._text(event["step"]), event["time"])
+        elif kind == "rollback":
+            self._pace.clear()
+            about = f"diverged at step {event['from_step']} ({event['reason']})"
+            self._view.say(f"{about}: rollback {event['number']} to step {event['step']}, with {event['remedy']}")
+        elif kind == "failed_checkpoint":
+            newest = f"the newest is {event['newest']}" if event.get("newest") else "there is none yet"
+            self._view.say(f"CHECKPOINT of step {event['step']} NOT WRITTEN ({event['reason']}); {newest}")
         elif kind == "note":
             self._view.say(event["text"])
 

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,7 +28,19 @@ QUIET = {
 }
 
 
+# Of a Ray of our own: how long a worker that is stopped (SIGSTOP) may stay before it is killed and its CPU is free.
+PATIENCE = {"RAY_actor_graceful_shutdown_timeout_ms": "5000"}
+
 TOKEN = Path.home() / ".ray" / "auth_token"
+
+RESIZE_EVERY_S = 15.0
+"""How often an elastic run looks whether nodes have come."""
+
+ELASTIC_START_TIMEOUT_S = "20"
+"""A node that is lost is counted for some seconds more: the workers meant for it are not waited for any longer."""
+
+START_FAILURES = {"fixed": 3, "elastic": 30}
+"""How often workers may fail to start, over the whole run: elastic ones do each time that a node is lost."""
 
 
 @dataclass(frozen=True)
@@ -42,11 +55,11 @@ class Cluster:
 @contextmanager
 def start_ray(config: RunConfig) -> Iterator[Cluster]:
     """Join the cluster at RAY_ADDRESS, or start a Ray that lives as long as the context."""
-    for key, value in QUIET.items():
+    address = os.environ.get("RAY_ADDRESS")
+    for key, value in (QUIET | patience(config) | ({} if address else PATIENCE)).items():
         os.environ.setdefault(key, value)
     import ray
 
-    address = os.environ.get("RAY_ADDRESS")
     # The checkout that holds this file is what the workers import, wherever they start.
     path = os.pathsep.join(filter(None, [str(ROOT), os.getcwd(), os.environ.get("PYTHONPATH", "")]))
     quiet = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": True}
@@ -55,7 +68,7 @@ def start_ray(config: RunConfig) -> Iterator[Cluster]:
         ray.init(address=address, runtime_env={"env_vars": variables}, **quiet)
     else:
         # Ray's CPUs are logical: more workers than cores run, slowly, instead of waiting for ever.
-        cpus = max(os.cpu_count() or 1, config.workers)
+        cpus = max(os.cpu_count() or 1, config.max_workers)
         environment = {"env_vars": variables}
         ray.init(address="local", num_cpus=cpus, include_dashboard=False, runtime_env=environment, **quiet)
     TOKEN.chmod(0o600) if TOKEN.exists() else None  # Ray writes it readable for everybody
@@ -66,6 +79,15 @@ def start_ray(config: RunConfig) -> Iterator[Cluster]:
         yield cluster
     finally:
         ray.shutdown()
+
+
+def leave_ray(patience_s: float) -> None:
+    """End the workers whatever they do, from another thread than the one that waits for them."""
+    import ray
+
+    thread = threading.Thread(target=ray.shutdown, daemon=True, name="leave Ray")
+    thread.start()
+    thread.join(patience_s)  # a private Ray ends with this process at the latest, a joined one ends the job then
 
 
 def train_on_ray(
@@ -83,22 +105,39 @@ def train_on_ray(
     trainer = TorchTrainer(
         _worker,
         train_loop_config={"job": job},
-        scaling_config=ScalingConfig(num_workers=config.workers, use_gpu=use_gpu(config, cluster)),
+        scaling_config=ScalingConfig(
+            num_workers=(config.min_workers, config.max_workers) if elastic(config) else config.max_workers,
+            use_gpu=use_gpu(config, cluster),
+            elastic_resize_monitor_interval_s=RESIZE_EVERY_S,
+        ),
         run_config=RunConfig(
             name=f"attempt-{attempt}",
             storage_path=(root / "ray").path,
             storage_filesystem=root.fs,
             checkpoint_config=CheckpointConfig(num_to_keep=2),
-            failure_config=FailureConfig(max_failures=config.recovery.max_failures, controller_failure_limit=3),
+            failure_config=FailureConfig(
+                max_failures=config.recovery.max_failures,
+                controller_failure_limit=START_FAILURES["elastic" if elastic(config) else "fixed"],
+            ),
         ),
     )
     return trainer.fit().return_value  # type: ignore[no-any-return]
 
 
+def elastic(config: RunConfig) -> bool:
+    return config.min_workers < config.max_workers
+
+
+def patience(config: RunConfig) -> dict[str, str]:
+    """Environment variables that say how long Ray Train waits for a worker to answer, and for workers to start."""
+    answer = {"RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": str(config.recovery.hang_timeout)}
+    return answer | ({"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": ELASTIC_START_TIMEOUT_S} if elastic(config) else {})
+
+
 def use_gpu(config: RunConfig, cluster: Cluster) -> bool:
     """Whether each worker gets a GPU."""
     if config.device == "auto":
-        return cluster.gpus >= config.workers
+        return cluster.gpus >= config.min_workers
     return config.device == "cuda"
 
 
@@ -153,9 +192,10 @@ def cores() -> int:
 
 
 def _check(config: RunConfig, cluster: Cluster) -> None:
-    if config.device == "cuda" and cluster.gpus < config.workers and cluster.private:
+    needed = config.min_workers
+    if config.device == "cuda" and cluster.gpus < needed and cluster.private:
         message = f"is {config.workers}, but there are {cluster.gpus:g} GPUs; lower it, or set device=cpu"
         raise ConfigError([Problem("workers", message)])
     has, what = (cluster.gpus, "GPUs") if config.device == "cuda" else (cluster.cpus, "CPUs")
-    if has < config.workers:  # an autoscaler may bring them
+    if has < needed:  # an autoscaler may bring them
         print(f"workers={config.workers}, the cluster has {has:g} {what} at present: waiting for more", file=sys.stderr)

@@ -10,6 +10,7 @@ from typing import Any
 EXIT_CODES = {
     "finished": 0,
     "planned": 0,
+    "listed": 0,
     "failed": 1,
     "bad configuration": 2,
     "bad data": 2,
@@ -48,6 +49,8 @@ class Result:
 def _without_nan(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -11,6 +11,7 @@ STORAGE/NAME/samples/        pictures of the chains
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 import socket
@@ -18,14 +19,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import psutil
 
 from jem.errors import ConfigError, Problem
 from jem.files import Location
-from jem.settings import digest
-from orchestrator.config import RunConfig, to_yaml
+from orchestrator.config import DEFAULTS, RunConfig, to_yaml
 
 HEARTBEAT_S = 10.0
 SETTLE_S = 0.5
@@ -102,8 +103,8 @@ def open_record(root: Location, config: RunConfig, fresh: bool) -> RunRecord:
     if record is None:
         assert config.name
         root.mkdir()
-        return RunRecord(config.name, config.science, digest(config.science))
-    old, new = record.science, json.loads(json.dumps(config.science))
+        return RunRecord(config.name, config.science, config.digest)
+    old, new = (json.loads(json.dumps(DEFAULTS | science)) for science in (record.science, config.science))
     changed = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
     if changed:
         problems = [Problem(k, f"is {new.get(k)!r}, the run {root.uri} has {old.get(k)!r}") for k in changed]
@@ -175,7 +176,7 @@ def _remote_lock(root: Location) -> Iterator[None]:
     path = root.parent / f".{root.name}.lock"
     if path.exists():
         text = path.read().decode()
-        if _alive(text):
+        if alive(text):
             raise _held(root, text)
     path.write(_identity().encode())
     time.sleep(SETTLE_S)  # another driver may have written at the same moment: the last one has it
@@ -212,7 +213,8 @@ def _identity() -> str:
     return json.dumps({"host": socket.gethostname(), "pid": me.pid, "start": me.create_time(), "time": time.time()})
 
 
-def _alive(text: str) -> bool:
+def alive(text: str) -> bool:
+    """Whether the driver that wrote this into an object store's lock lives."""
     try:
         holder = json.loads(text)
         if holder["host"] == socket.gethostname():
@@ -231,6 +233,12 @@ def _held(root: Location, text: str) -> ConfigError:
         who = "another process"
     remedy = "wait for it, stop it, or give this run another name="
     return ConfigError(f"{root.uri}: {who} is working on this run; {remedy}")
+
+
+def spool_of(root: Location) -> Path:
+    """A local folder for the log of a run whose own folder is not local."""
+    name = hashlib.sha256(root.uri.encode()).hexdigest()[:12]
+    return Path.home() / ".cache" / "jem" / "spool" / f"{root.name}-{name}"
 
 
 def aside(root: Location) -> Location:

@@ -6,7 +6,8 @@ import copy
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,25 +16,37 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from jem import checkpoint
+from jem.checkpoint import Manifest
 from jem.data.batches import BatchSource
 from jem.data.sources import DataSet
-from jem.errors import DivergedError
+from jem.energy import Logits
+from jem.errors import DivergedError, JEMError
 from jem.evaluate.evaluate import evaluate_fast, validate
 from jem.files import Location
+from jem.health import Health
 from jem.meter import Meter, named
+from jem.randomness import generator
+from jem.saving import Saved
 from jem.settings import flatten
 from jem.train import StepInfo, TrainState, dtype_of, frozen_logits, train
 from jem.world import World
+from orchestrator.agreement import on_rank_0
+from orchestrator.checkpoints import Checkpoints, find_for_rollback
 from orchestrator.config import RunConfig, shareable
 from orchestrator.control import Control
 from orchestrator.events import EventLog
 from orchestrator.mirror import TAIL
 from orchestrator.pictures import by_class, grid_png
+from orchestrator.recovery import Recovery, Rollback, write_recovery
+from orchestrator.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
 POOL = 400
 """Chains a picture is made of: enough that every class has ten."""
+
+TRACKING, HEALTH = 0, 1
+"""Who reads the meter: each has sums of its own."""
 
 Report = Callable[[dict[str, float], str], None]
 """Called on every rank with the latest metrics and the URI of a checkpoint that has just been committed."""
@@ -62,58 +75,147 @@ class Training:
     data: DataSet
     batches: BatchSource
     state: TrainState
+    checkpoints: Checkpoints
+    recovery: Recovery
     best: dict[str, Any] | None = None  # the best validation so far: {step, accuracy, nll, weights}
     metrics: dict[str, float] = field(default_factory=dict)  # the latest of each
     saved: Location | None = None  # the last checkpoint committed
-    skipped: int = 0  # updates skipped in a row, as far as the host knows
+    began: str = "a new run"  # why it goes on from the step it does
+    stopping: bool = False  # a request to stop was seen
 
     def __post_init__(self) -> None:
         self.config = self.job.config
-        self.meter = Meter(self.device)
+        self.meter = Meter(self.device, readers=2)
+        self.health = Health(self.data.n_classes, self.config.objective.samples_needed)
+        self.control = Control(self.world, self.job.root, self.device)
+        self.watchdog = Watchdog(self.config.recovery.hang_timeout)
         self.log = EventLog(self.job.log_path) if self.world.rank == 0 else None
         self.logged = self.log.size if self.log else 0  # where the events begin that the next checkpoint carries
+        self.carried = self.logged  # up to where the one under way carries them
         self.clock = (self.state.step, time.monotonic())
 
     def run(self) -> dict[str, Any]:
         try:
             return self.train()
+        except DivergedError as error:
+            return self.given_up(error)
         finally:
             self.leave_tail()
 
     def train(self) -> dict[str, Any]:
         config, state = self.config, self.state
-        self.event("attempt", attempt=self.job.attempt, step=state.step, workers=self.world.size)
+        self.event("attempt", attempt=self.job.attempt, step=state.step, workers=self.world.size, why=self.began)
         self.event("tags", tags=self.tags)
         wrapped = data_parallel(state.network, self.batches.at(state.step).images, self.world)
-        control = Control(self.world, self.job.root, self.device)
-        self.clock = (state.step, time.monotonic())
-        for info in train(state, self.batches.at, config, config.steps, self.world, wrapped):
-            self.meter.add(info, self.world)
-            last = info.step == config.steps
-            stopping = control.stop_requested(info.step)
-            if last or info.step % config.tracking.every == 0:
-                self.log_training(info)
-            if last or info.step % config.evaluate.every == 0:
-                self.validate()
-            if last or info.step % config.tracking.images_every == 0:
-                self.draw_chains()
-            if last or stopping or info.step % config.checkpoint.every == 0:
-                self.save()
-            if stopping and not last:
-                return self.outcome("stopped", f"stopped on request at step {info.step}, with a checkpoint")
-        self.evaluate()
+        with self.watchdog:
+            if self.saved is None:  # divergence before the next one has something to go back to
+                fault = self.save()
+                if fault is not None:
+                    raise DivergedError(fault)
+            self.clock = (state.step, time.monotonic())
+            while state.step < config.steps:
+                settings, until = self.recovery.settings(state.step)
+                for info in train(state, self.batches.at, settings, until, self.world, wrapped):
+                    fault = self.after(info)
+                    if fault is not None:
+                        self.roll_back(fault)
+                        break
+                    if self.stopping and info.step < config.steps:
+                        return self.stop()
+            self.evaluate()
         return self.outcome("finished", "")
 
-    def restore(self, manifest: checkpoint.Manifest) -> None:
-        sums = checkpoint.restore(manifest, self.state, self.world, self.config.seed)
-        self.meter.sums.copy_(sums["meter"])
-        self.metrics = dict(manifest.info["metrics"])
-        self.saved = manifest.directory
-        if self.config.evaluate.final == "best" and manifest.info["best"] is not None:
-            self.best = {**manifest.info["best"], "weights": manifest.tensors("best.safetensors")}
+    def after(self, info: StepInfo) -> str | None:
+        """What is due after a step; why the run has diverged, if it has."""
+        config, last = self.config, info.step == self.config.steps
+        self.watchdog.touch()
+        self.meter.add(info, self.world)
+        if last or info.step % config.recovery.every == 0:
+            fault = self.health.judge(info.step, self.meter.read(self.world, HEALTH))
+            if fault is not None:
+                return fault
+        if last or info.step % config.tracking.every == 0:
+            self.log_training(info)
+        if last or info.step % config.evaluate.every == 0:
+            self.validate()
+        if last or info.step % config.tracking.images_every == 0:
+            self.draw_chains()
+        if last:
+            return self.save_surely()
+        fault = self.save() if info.step % config.checkpoint.every == 0 else None
+        if fault is None and self.control.due(info.step):
+            self.stopping = self.control.stop_requested(info.step)
+            with suppress(OSError):  # a store that is away for a moment; the next commit asks again
+                self.checkpoints.check_claim()
+            self.settle(self.checkpoints.poll())
+        return fault
 
-    def save(self) -> None:
-        """Commit a checkpoint of this step; the events up to it are in it."""
+    def stop(self) -> dict[str, Any]:
+        """A checkpoint of this step, if it has none yet, and the outcome."""
+        step = self.state.step
+        self.settle(self.checkpoints.finish())  # it may be of this very step
+        fault = None if self.saved and self.saved.name == str(step) else self.save()
+        self.settle(self.checkpoints.finish())
+        if self.saved is None or self.saved.name != str(step):
+            kept = self.saved.uri if self.saved else "there is none"
+            reason = fault or "it cannot be written, see the log"
+            return self.outcome("stopped", f"stopped on request at step {step}, its checkpoint: {reason}; last: {kept}")
+        return self.outcome("stopped", f"stopped on request at step {step}, with a checkpoint")
+
+    def given_up(self, error: DivergedError) -> dict[str, Any]:
+        """Nothing is left to try: the outcome is the newest checkpoint from before the divergence."""
+        good = on_rank_0(self.world, lambda: self.recovery.good(self.state.step, self.checkpoints.staying()))
+        self.saved = self.checkpoints.folder / good[0] if good else None
+        return self.outcome(error.status, str(error)) | {"step": good[0] if good else 0, "exit_code": error.exit_code}
+
+    def restore(self, manifest: Manifest) -> None:
+        """Go on from a checkpoint; after a rollback that it does not know of, with another chain seed."""
+        sums = checkpoint.restore(manifest, self.state, self.world, self.config.seed)
+        state, info, made = self.state, manifest.info, self.recovery.count
+        self.meter.sums.copy_(sums["meter"])
+        self.health = Health(self.data.n_classes, self.config.objective.samples_needed)
+        self.health.load(info["health"])
+        self.metrics = dict(info["metrics"])
+        self.saved = self.checkpoints.newest = manifest.directory
+        self.best = None
+        if self.config.evaluate.final == "best" and info["best"] is not None:
+            self.best = {**info["best"], "weights": manifest.tensors("best.safetensors")}
+        if made > info["rollbacks"]:
+            parts = (self.config.seed, "chains", self.world.rank, self.world.size, state.world_epoch, state.step)
+            state.generator = generator(self.device, *parts, f"rollback {made}")
+
+    def roll_back(self, reason: str) -> None:
+        """Go back to a checkpoint from before the divergence, all ranks together, and on with the next remedy.
+
+        Raises DivergedError if there is nothing left to try.
+        """
+        diverged_at = self.state.step
+        self.settle(self.checkpoints.finish())  # which one to go back to must not depend on the disk's pace
+
+        def choose() -> tuple[Rollback, Manifest]:
+            steps = self.checkpoints.staying()
+            planned = self.recovery.next(diverged_at, reason, steps)
+            manifest = find_for_rollback(self.checkpoints.folder, steps, planned.to)
+            rollback = replace(planned, to=manifest.step)
+            try:
+                self.checkpoints.check_claim()
+                write_recovery(self.job.root, Recovery(self.config, [*self.recovery.rollbacks, rollback]))
+            except OSError as error:
+                raise JEMError(f"{self.job.root.uri}: the rollback cannot be written down ({error})") from error
+            self.checkpoints.remove_after(manifest.step)
+            return rollback, manifest
+
+        rollback, manifest = on_rank_0(self.world, choose)
+        self.recovery.rollbacks.append(rollback)
+        self.restore(manifest)
+        self.control.went_back(self.state.step)
+        fields = {"number": rollback.number, "level": rollback.level, "remedy": rollback.tried}
+        self.event("rollback", step=rollback.to, from_step=diverged_at, reason=reason, **fields)
+        self.clock = (self.state.step, time.monotonic())
+
+    def save(self) -> str | None:
+        """Start writing a checkpoint of this step, which carries the events up to it; what is not finite, if so."""
+        self.settle(self.checkpoints.finish())
         best = self.best if self.config.evaluate.final == "best" else None
         info = {
             "config": flatten(shareable(self.config)),
@@ -124,39 +226,42 @@ class Training:
             "best": {k: v for k, v in best.items() if k != "weights"} if best else None,
             "metrics": self.metrics,
             "facts": self.job.facts,
+            "health": self.health.state(),
+            "rollbacks": self.recovery.count,
         }
-        step = self.state.step
-        directory = self.job.root / "checkpoints" / step
-        carried = self.log.since(self.logged) if self.log else b""
-        sums = {"meter": self.meter.sums}
-        checkpoint.save(directory, self.state, self.world, info, sums, best and best["weights"], carried)
-        self.event("checkpoint", step=step)
-        self.logged = self.log.size if self.log else 0
-        self.saved = directory
-        if self.world.rank == 0:
-            self.prune(directory)
-        self.report(self.metrics, directory.uri)
+        events = self.log.since(self.logged) if self.log else b""
+        self.carried = self.log.size if self.log else 0
+        try:
+            self.checkpoints.begin(self.state, info, {"meter": self.meter.sums}, best and best["weights"], events)
+        except DivergedError as error:
+            return str(error)
         self.clock = (self.state.step, time.monotonic())  # the rate is that of training alone
+        return None
 
-    def prune(self, newest: Location) -> None:
-        """Keep the newest few. Those of later steps were found damaged, or this run would not be before them."""
-        found = checkpoint.committed(newest.parent)
-        later = [d for d in found if int(d.name) > self.state.step]
-        for directory in later + found[len(later) + self.config.checkpoint.keep :]:
-            directory.remove()
+    def save_surely(self) -> str | None:
+        """The last checkpoint: waited for, and tried again as often as `checkpoint.max_failures` allows."""
+        while self.saved is None or self.saved.name != str(self.state.step):
+            fault = self.save()
+            if fault is not None:
+                return fault
+            self.settle(self.checkpoints.finish())
+        return None
+
+    def settle(self, saved: Saved | None) -> None:
+        """Tell what came of a checkpoint. Raises JEMError after too many failures in a row."""
+        if saved is None:
+            return
+        if saved.fault is not None:
+            self.event("failed_checkpoint", step=saved.step, reason=saved.fault, newest=self.saved and self.saved.uri)
+            self.checkpoints.give_up_if_hopeless()
+            return
+        self.event("checkpoint", step=saved.step, rollbacks=self.recovery.count)
+        self.logged, self.saved = self.carried, saved.directory
+        self.report(self.metrics, saved.directory.uri)
 
     def log_training(self, info: StepInfo) -> None:
         """The training curves' point: means over all ranks and the steps since the last point."""
-        figures = self.meter.read(self.world)
-        every_one = figures["skipped"] == figures["steps"]
-        self.skipped = self.skipped + round(figures["skipped"]) if every_one else 0
-        if self.skipped >= self.config.recovery.max_skipped:
-            raise DivergedError(
-                f"step {info.step}: not one of the last {self.skipped} updates was finite; the weights are "
-                f"those of step {info.step - self.skipped}. Lower optimizer.learning_rate, raise "
-                "sgld.steps, data.noise_std or objective.energy_l2"
-            )
-        metrics = named(figures, self.config.objective, info.learning_rate)
+        metrics = named(self.meter.read(self.world, TRACKING), self.config.objective, info.learning_rate)
         since, began = self.clock
         elapsed = time.monotonic() - began
         if info.step > since:
@@ -166,8 +271,7 @@ class Training:
 
     def validate(self) -> None:
         weights = self.candidate()
-        logits = frozen_logits(weights, self.config)
-        figures = validate(logits, self.data.validation, self.config.evaluate, self.world, self.like)
+        figures = validate(self.logits(weights), self.data.validation, self.config.evaluate, self.world, self.like)
         self.log_metrics({f"val/{key}": value for key, value in figures.items()})
         if self.config.evaluate.final == "best" and (self.best is None or _better(figures, self.best)):
             tensors = {key: value.detach().cpu().clone() for key, value in weights.state_dict().items()}
@@ -182,22 +286,26 @@ class Training:
         chains = replay.chains[:POOL]
         if self.data.n_classes <= 10:
             slots = torch.arange(len(chains), device=self.device)
-            logits = frozen_logits(self.state.network, self.config)
+            logits = self.logits(self.state.network)
             with torch.no_grad():
                 classes = replay.labels(slots) if self.config.sgld.conditional else logits(chains).argmax(dim=1)
             chains = by_class(chains, classes, self.data.n_classes)
         path = f"samples/{self.state.step:08d}.png"
         picture = grid_png(chains[:100], columns=10)
-        (self.job.root / path).write(picture)
-        if not self.job.root.is_local:  # the uploader sends what lies beside the log
-            Location.of(self.job.log_path.parent / path).write(picture)
-        self.event("image", step=self.state.step, key="samples", path=path)
+        try:
+            (self.job.root / path).write(picture)
+            if not self.job.root.is_local:  # the uploader sends what lies beside the log
+                Location.of(self.job.log_path.parent / path).write(picture)
+        except OSError as error:  # a full disk ends no run for the sake of a picture
+            self.event("note", text=f"{(self.job.root / path).uri} cannot be written: {error}")
+        else:
+            self.event("image", step=self.state.step, key="samples", path=path)
         self.clock = (self.state.step, time.monotonic())
 
     def evaluate(self) -> None:
         if self.config.evaluate.suite == "none":
             return
-        logits = frozen_logits(self.final_network(), self.config)
+        logits = self.logits(self.final_network())
         self.log_metrics(evaluate_fast(logits, self.data, self.config.evaluate, self.world, self.like))
 
     def log_metrics(self, metrics: dict[str, float]) -> None:
@@ -225,6 +333,16 @@ class Training:
             "weights": self.final_weights,
             "message": message,
         }
+
+    def logits(self, network: nn.Module) -> Logits:
+        """The network for evaluation; each batch is a sign of life."""
+        logits = frozen_logits(network, self.config)
+
+        def alive(x: Tensor) -> Tensor:
+            self.watchdog.touch()
+            return logits(x)
+
+        return alive
 
     @property
     def tags(self) -> dict[str, str]:

@@ -11,7 +11,7 @@ import logging
 import os
 import uuid
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -38,16 +38,26 @@ def sync(run_dir: Path, uri: str | None = None) -> str:
     A run whose log does not end is sent up to its last checkpoint, and left open. `uri` is needed only where it
     holds a password, which is not kept on disk, or has changed.
     """
+    spec, log_path = kept_spec(run_dir)
+    return send_rest(replace(spec, uri=uri or spec.uri), log_path, run_dir)
+
+
+def kept_spec(run_dir: Path) -> tuple[RunSpec, Path]:
+    """What uploaded.json remembers of the MLflow run, and the log. Raises ConfigError if there is none."""
     state_path = Path(run_dir) / STATE_NAME
     try:
         kept = json.loads(state_path.read_text())
-        spec = RunSpec(**kept["spec"] | ({"uri": uri} if uri else {}))
-        log_path = Path(run_dir) / kept["log"]
+        return RunSpec(**kept["spec"]), Path(run_dir) / kept["log"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{state_path}: not the state of an upload ({error}): is this a run's directory?") from error
+
+
+def send_rest(spec: RunSpec, log_path: Path, run_dir: Path, run_id: str | None = None) -> str:
+    """As `sync`, to an MLflow run that the caller describes."""
     if not spec.uri:
-        raise ConfigError([Problem("tracking.uri", f"is not kept in {state_path} (it has a password): give it again")])
-    upload = Upload(spec, log_path, Path(run_dir), live=False)
+        kept = Path(run_dir) / STATE_NAME
+        raise ConfigError([Problem("tracking.uri", f"is not kept in {kept} (it has a password): give it again")])
+    upload = Upload(spec, log_path, Path(run_dir), run_id, live=False)
     try:
         upload.catch_up()
         upload.close()

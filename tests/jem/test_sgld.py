@@ -89,6 +89,23 @@ def test_clamp_moves_new_positions_back_to_the_border_and_touches_no_others(gene
     assert held.tolist() == [[1.25, -1.25, pytest.approx(0.2)]]
 
 
+def test_gradient_clamp_bounds_each_component_of_a_steps_gradient_and_not_the_noise(generator):
+    x = torch.tensor([[3.0, -3.0, 0.4]])
+    config = SGLDConfig(step_size=0.5, noise_scale=0.0, gradient_clamp=1.25)
+    moved, seen = sgld_step(quadratic(), x, config, generator)
+    assert moved.tolist() == [[3.0 - 0.5 * 1.25, -3.0 + 0.5 * 1.25, pytest.approx(0.2)]]
+    assert seen.grad_norm.item() == pytest.approx(x.norm().item())  # of the gradient before
+    noisy, _ = sgld_step(quadratic(), x, SGLDConfig(noise_scale=100.0, gradient_clamp=1e-3), generator)
+    assert (noisy - x).abs().max() > 1.25
+
+
+def test_a_proximal_step_is_bounded_by_step_size_times_gradient_clamp_and_ends_within_the_clamp(generator):
+    config = SGLDConfig(step_size=1.0, noise_scale=0.0, clamp=1.0, gradient_clamp=0.1, steps=1)
+    x = torch.linspace(-1, 1, 9)[:, None]
+    moved, _ = sgld_chain(quadratic(1e6), x, config, generator)
+    torch.testing.assert_close(moved, x - 0.1 * x.sign())
+
+
 def test_noise_too_is_clamped(generator):
     x, _ = sgld_chain(quadratic(), torch.zeros(100, 5), SGLDConfig(noise_scale=2.0, clamp=1.0), generator)
     assert x.abs().max() == 1.0

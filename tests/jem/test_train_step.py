@@ -6,7 +6,7 @@ from torch import nn
 from toys import labelled_batch, small
 
 from jem.data.batches import Batch
-from jem.train import frozen_logits, prepare_first_step, sample, start, train, train_step
+from jem.train import frozen_logits, looks, prepare_first_step, sample, start, train, train_step
 from jem.world import World
 
 SHAPE, CLASSES, HERE = (1, 4, 4), 3, torch.device("cpu")
@@ -189,6 +189,52 @@ def test_figures_of_a_step_are_means_over_its_images_and_chains():
     assert info.reinit_share == 0
     config, state = begin(replay__reinit_prob=1.0)
     assert train_step(state, batch(), config, World()).reinit_share == 1
+
+
+def looked(chains, data=None, n_global=None, **changes):
+    data = torch.zeros_like(chains) if data is None else data
+    config = small(data__noise_std=0.1, **changes)
+    return [figure.item() for figure in looks(chains, data, config, n_global or len(chains))]
+
+
+def test_saturated_is_what_lies_twice_as_far_out_as_data_or_at_the_clamp():
+    chains = torch.tensor([0.0, 1.9, -1.9, 2.0, -2.1, 1e30, 1.0, -1.0]).reshape(2, 1, 2, 2)
+    assert looked(chains)[0] == 3 / 8
+    assert looked(chains.clamp(-1, 1), sgld__clamp=1.0)[0] == 7 / 8
+    assert looked(chains * math.nan)[0] == 0  # lost, which is counted elsewhere
+
+
+def test_chains_at_the_clamp_are_not_saturated_where_as_much_of_the_data_is():
+    """A black half, with its noise of 0.1: 97.7 % of it are counted, from -0.8 down."""
+    random = torch.Generator().manual_seed(0)
+    black = torch.cat([torch.full((500, 1, 4, 8), -1.0), torch.zeros(500, 1, 4, 8)], dim=2)
+    data = black + 0.1 * torch.randn(black.shape, generator=random)
+    assert abs(looked(black, data, sgld__clamp=1.0)[0] - 0.5 * 0.0228) < 0.005
+    assert abs(looked(black.sign().abs() * 2 - 1, data, sgld__clamp=1.0)[0] - 0.51) < 0.005
+    assert looked(black, data)[0] == 0  # without a clamp
+
+
+def test_contrast_is_the_variance_within_an_image_not_between_images():
+    greys = torch.linspace(-1, 1, 6)[:, None, None, None].expand(6, 1, 2, 2)
+    halves = torch.tensor([1.0, 1.0, -1.0, -1.0]).reshape(1, 1, 2, 2).expand(6, 1, 2, 2)
+    assert looked(greys, halves)[1:] == [0, 1]
+    assert looked(3 * halves, greys)[1:] == [9, 0]
+
+
+def test_what_chains_look_like_sums_over_ranks_to_the_mean_over_all():
+    random = torch.Generator().manual_seed(0)
+    chains, data = 2 * torch.randn(2, 7, 1, 4, 4, generator=random)
+    parts = [looked(chains[rows], data[rows], 7) for rows in (slice(0, 3), slice(3, 7))]
+    assert [sum(figure) for figure in zip(*parts, strict=True)] == pytest.approx(looked(chains, data))
+
+
+def test_a_step_looks_at_its_chains_after_they_moved():
+    config, state = begin(replay__capacity=6, replay__reinit_prob=0.0, sgld__noise_scale=5.0)
+    before, images = state.replay.chains.clone(), batch().images
+    info = train_step(state, batch(), config, World())
+    seen = (info.chain_saturation, info.chain_contrast, info.data_contrast)
+    torch.testing.assert_close(seen, looks(state.replay.chains, images, config, 6))
+    assert info.chain_contrast > 4 * looks(before, images, config, 6)[1]
 
 
 def test_the_average_starts_at_the_weights_that_act_norm_left():

@@ -10,6 +10,13 @@ from jem.files import Location
 from orchestrator import control
 from orchestrator.control import Control, request_stop
 
+UNSTABLE = (
+    *(HOOKED, "workers=2", "seed=2", "steps=60", "optimizer.learning_rate=0.3", "checkpoint.every=10"),
+    *("evaluate.every=40", "recovery.every=5", "recovery.healthy_steps=15", "recovery.relax_steps=40"),
+    *("recovery.max=30", "recovery.ladder=[seed,optimizer.learning_rate*0.1,optimizer.learning_rate*0.01]"),
+)
+"""Diverges by itself before step 60, and is saved by the ladder."""
+
 
 def stories(world, folder):
     """Run on each of two ranks."""
@@ -38,7 +45,14 @@ def stories(world, folder):
     told["no data"] = fit(folder / "a", "data.name=worker_runs:missing_on_rank_1", "workers=2", world=world)
     told["no network"] = fit(folder / "b", "model.name=worker_runs:unfit_on_rank_1", "workers=2", world=world)
     nan = {6: poison} if world.rank == 1 else {}
-    told["diverged"] = fit(folder / "diverged", HOOKED, "workers=2", "recovery.max_skipped=3", world=world, hooks=nan)
+    give_up = ("recovery.max=0", "recovery.every=3", "recovery.healthy_steps=0")
+    told["diverged"] = fit(folder / "diverged", HOOKED, "workers=2", *give_up, world=world, hooks=nan)
+
+    for attempt, passes in enumerate((43, 3), start=1):
+        with pytest.raises(Death):
+            fit(folder / "unstable killed", *UNSTABLE, world=world, hooks={passes: die}, attempt=attempt)
+    told["unstable killed"] = fit(folder / "unstable killed", *UNSTABLE, world=world, attempt=3)
+    told["unstable"] = fit(folder / "unstable", *UNSTABLE, world=world)
 
     source = folder / "whole" / "checkpoints" / "12"
     taken = prepared(folder / "taken", *jem[1:], "model.name=worker_runs:hooked", world=world, init_from=str(source))
@@ -61,6 +75,6 @@ def first_stop(control, steps, pause=0.0, request=None):
         time.sleep(pause)
         if request and step == request[0]:
             request_stop(request[1])
-        if control.stop_requested(step):
+        if control.due(step) and control.stop_requested(step):
             return step
     return None

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from jem.errors import ConfigError
-from jem.settings import digest, flatten
+from jem.settings import flatten
 from orchestrator.config import RunConfig, bundled_recipes, from_flat, load_run_config, to_yaml
 
 SCIENCE = (
@@ -56,6 +56,7 @@ OTHER = {
     "sgld.step_size": "2",
     "sgld.noise_scale": "0.02",
     "sgld.conditional": "true",
+    "sgld.gradient_clamp": "2",
     "sgld.clamp": "1.5",
     "replay.capacity": "777",
     "replay.reinit_prob": "0.1",
@@ -72,7 +73,14 @@ OTHER = {
     "checkpoint.every": "7",
     "checkpoint.keep": "7",
     "recovery.max_failures": "7",
-    "recovery.max_skipped": "7",
+    "checkpoint.spaced": "7",
+    "checkpoint.max_failures": "7",
+    "recovery.hang_timeout": "7",
+    "recovery.every": "7",
+    "recovery.healthy_steps": "7",
+    "recovery.max": "7",
+    "recovery.ladder": "[seed]",
+    "recovery.relax_steps": "7",
     "tracking.uri": "http://there",
     "tracking.experiment": "other",
     "tracking.every": "7",
@@ -122,7 +130,7 @@ def test_every_family_has_its_recipe_and_its_twins():
 @pytest.mark.parametrize("name", bundled_recipes())
 def test_every_bundled_recipe_builds(name):
     config = load_run_config(name, [])
-    assert config.name == f"{name}-{digest(config.science)}"
+    assert config.name == f"{name}-{config.digest}"
     assert config.checkpoint.every <= config.steps
 
 
@@ -337,7 +345,7 @@ def test_a_recipe_inherits_from_a_bundled_one_or_from_a_file_beside_it(recipe):
     config = load_run_config(str(child), ["sgld.noise_scale=0.5"])
     assert dataclasses.asdict(config.sgld) == {
         **{"steps": 3, "step_size": 2.0, "noise_scale": 0.5},
-        **{"conditional": False, "clamp": None},
+        **{"conditional": False, "clamp": None, "gradient_clamp": None},
     }
     assert config.replay.capacity == 600
     assert config.data == load_run_config("digits", []).data

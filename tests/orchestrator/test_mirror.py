@@ -12,8 +12,8 @@ from worker_runs import HOOKED, Death, die, fit, object_store, poison, state_of,
 from jem.files import Location
 from orchestrator import events, mirror
 from orchestrator.launch import Attempt
-from orchestrator.mirror import Mirror, spool_of
-from orchestrator.runs import open_record
+from orchestrator.mirror import Mirror
+from orchestrator.runs import open_record, spool_of
 
 SETTINGS = (HOOKED, "tracking.images_every=6", "evaluate.suite=fast", "checkpoint.keep=10")
 
@@ -41,8 +41,10 @@ def worker(tmp_path):
 
 
 def told(path):
-    """All events; only the time at which a commit was seen may differ."""
-    return [e | ({"time": 0} if e["kind"] == "checkpoint" else {}) for e in events.read(path)[0]]
+    """All events in order, and the commits, which may be seen at another time, and after later steps."""
+    found = events.read(path)[0]
+    commits = [(e["step"], e["rollbacks"]) for e in found if e["kind"] == "checkpoint"]
+    return [e for e in found if e["kind"] != "checkpoint"], commits
 
 
 def test_every_event_of_a_run_reaches_the_driver_once_and_in_order(root, driver, worker):
@@ -50,7 +52,7 @@ def test_every_event_of_a_run_reaches_the_driver_once_and_in_order(root, driver,
         assert fit(root, *SETTINGS, log_path=worker)["status"] == "finished"
     assert told(driver) == told(worker)
     kinds = [event["kind"] for event in events.read(driver)[0]]
-    assert kinds.count("checkpoint") == 3
+    assert kinds.count("checkpoint") == 4
     assert kinds[-1] == "metrics", "the last evaluation comes after the last checkpoint"
     for event in events.read(driver)[0]:
         if event["kind"] == "image":
@@ -62,7 +64,8 @@ def test_a_second_attempt_adds_its_events_and_repeats_none(root, driver, worker)
         fit(root, *SETTINGS, log_path=worker, hooks={7: die})
     with Mirror(root, driver, needed=True):
         fit(root, *SETTINGS, log_path=worker, attempt=2)
-    assert told(driver) == told(worker)
+    assert told(driver)[0] == told(worker)[0]
+    assert told(driver)[1] == [(0, 0), (4, 0), (8, 0), (12, 0)], "also the one whose commit the worker did not see"
 
 
 def test_an_attempt_that_ends_before_the_workers_start_adds_nothing(root, driver, worker):
@@ -77,10 +80,16 @@ def test_an_attempt_that_ends_before_the_workers_start_adds_nothing(root, driver
 def test_what_a_run_did_before_it_diverged_reaches_the_driver(root, driver, worker):
     with Mirror(root, driver, needed=True):
         outcome = fit(
-            root, *SETTINGS, "evaluate.every=100", "recovery.max_skipped=3", log_path=worker, hooks={5: poison}
+            root,
+            *SETTINGS,
+            "evaluate.every=100",
+            "recovery.max=0",
+            "recovery.every=3",
+            log_path=worker,
+            hooks={5: poison},
         )
     assert outcome["status"] == "diverged"
-    assert {event["step"] for event in events.read(driver)[0] if event["kind"] == "metrics"} == {3, 6}
+    assert {event["step"] for event in events.read(driver)[0] if event["kind"] == "metrics"} == {3}
     assert told(driver) == told(worker)
 
 
@@ -113,7 +122,7 @@ def test_with_a_private_ray_it_leaves_the_log_to_the_workers(root, driver):
         fit(root, *SETTINGS, log_path=driver)
     kinds = [event["kind"] for event in events.read(driver)[0]]
     assert kinds.count("attempt") == 1
-    assert kinds.count("checkpoint") == 3
+    assert kinds.count("checkpoint") == 4
 
 
 @pytest.mark.parametrize("needed", [True, False])
@@ -123,11 +132,11 @@ def test_a_driver_on_a_new_machine_first_takes_what_checkpoints_carry(root, driv
         fit(root, *SETTINGS, log_path=worker, hooks={10: die})
     with Mirror(root, driver, needed=needed):
         pass
-    assert [e["step"] for e in events.read(driver)[0] if e["kind"] == "checkpoint"] == [4, 8]
+    assert [e["step"] for e in events.read(driver)[0] if e["kind"] == "checkpoint"] == [0, 4, 8]
     assert [e["step"] for e in events.read(driver)[0] if "train/loss" in e.get("metrics", {})] == [3, 6]
     with Mirror(root, driver, needed=needed):
         pass
-    assert [e["step"] for e in events.read(driver)[0] if e["kind"] == "checkpoint"] == [4, 8], "once each"
+    assert [e["step"] for e in events.read(driver)[0] if e["kind"] == "checkpoint"] == [0, 4, 8], "once each"
 
 
 def test_a_run_in_an_object_store_is_killed_and_goes_on_elsewhere_as_on_a_disk(root, tmp_path, worker):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import signal
 import subprocess
@@ -12,24 +14,23 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.signals import StopSignals
+from orchestrator.signals import StopSignals, deaf
 
 ROOT = Path(__file__).parents[2]
 
 DRIVER = """
 import sys, time
 from orchestrator.signals import StopSignals
-with StopSignals() as signals:
-    if sys.argv[1] == "stolen":  # as ray.init does
-        import signal
-        signal.signal(signal.SIGTERM, lambda *_: print("stolen", flush=True))
-        signals.listen()
+def last_word():
+    print("last word", flush=True)
+    return 143
+with StopSignals(last_word, within_s=1.0 if sys.argv[1] == "in time" else 60.0) as signals:
     print("ready", flush=True)
     try:
         while not signals.stopping:
             time.sleep(0.05)
         print("stopping", flush=True)
-        time.sleep(1 if sys.argv[1] != "patient" else 30)
+        time.sleep(30 if sys.argv[1] in ("patient", "in time") else 1)
         print("stopped", flush=True)
     except KeyboardInterrupt:
         print("interrupted", flush=True)
@@ -86,10 +87,50 @@ def test_a_second_sigterm_does_not_cut_the_checkpoint_short(driver):
     assert process.communicate(timeout=20)[0] == "stopped\n"
 
 
-def test_it_can_take_the_signals_back_from_who_took_them(driver):
-    process = driver("stolen")
+def test_a_process_that_cannot_end_says_its_last_word_in_time(driver):
+    process = driver("in time")
+    begin = time.monotonic()
     process.send_signal(signal.SIGTERM)
-    assert process.communicate(timeout=20)[0] == "stopping\nstopped\n"
+    assert process.communicate(timeout=20)[0] == "stopping\nlast word\n"
+    assert process.returncode == 143
+    assert 1 <= time.monotonic() - begin < 20, "it would sleep for 30"
+
+
+def test_the_time_that_is_left_runs_from_the_first_signal():
+    with StopSignals(within_s=28) as signals:
+        assert signals.left == math.inf
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert 20 < signals.left <= 28
+
+
+COMMAND = """
+import sys, time
+from orchestrator.command import run_command
+from orchestrator.result import Result
+def work():
+    print("ready", flush=True)
+    time.sleep(30)
+sys.exit(run_command(work))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_command_that_is_interrupted_ends_with_its_last_line(number):
+    with subprocess.Popen([sys.executable, "-c", COMMAND], stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(number)
+        out, _ = process.communicate(timeout=20)
+    assert json.loads(out)["status"] == "stopped"
+    assert process.returncode == 143
+
+
+def test_while_deaf_no_signal_does_anything():
+    before = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
+    with deaf():
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
+    assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == before
 
 
 def test_afterwards_the_handlers_are_what_they_were():

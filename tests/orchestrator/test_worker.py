@@ -44,6 +44,10 @@ KINDS = {
 }
 
 
+def good_one(folder):
+    return checkpoint.newest_good(checkpoint.committed(Location.of(folder) / "checkpoints"))
+
+
 def look_always(monkeypatch):
     """Every step looks for a request to stop, as a slow step does."""
     monkeypatch.setattr(control, "LOOK_EVERY_S", 0)
@@ -53,10 +57,10 @@ def test_checkpoints_are_written_on_time_and_the_newest_stay(tmp_path):
     reported = []
     outcome = fit(
         tmp_path,
-        *("steps=14", "checkpoint.every=4", "checkpoint.keep=2"),
-        report=lambda metrics, uri: reported.append((uri, len(metrics) > 0)),
+        *("steps=14", "checkpoint.every=4", "checkpoint.keep=2", "checkpoint.spaced=0"),
+        report=lambda _, uri: reported.append(uri),
     )
-    assert reported == [(f"{tmp_path}/checkpoints/{step}", True) for step in (4, 8, 12, 14)]
+    assert reported == [f"{tmp_path}/checkpoints/{step}" for step in (0, 4, 8, 12, 14)]
     assert steps_kept(tmp_path) == [12, 14]
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["12", "14"]
     assert outcome["status"] == "finished"
@@ -147,12 +151,12 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path, damage
 
 def test_without_any_good_checkpoint_the_run_does_not_start_anew_by_itself(tmp_path):
     fit(tmp_path)
-    for step in (4, 8, 12):
+    for step in (0, 4, 8, 12):
         flip(tmp_path / "checkpoints" / str(step) / "model.safetensors")
     before = len(log_of(tmp_path))
     outcome = fit(tmp_path)
     assert (outcome["status"], outcome["exit_code"]) == ("no good checkpoint", 3)
-    assert outcome["message"].count("SHA-256 differs") == 3
+    assert outcome["message"].count("SHA-256 differs") == 4
     assert "--fresh" in outcome["message"]
     assert len(log_of(tmp_path)) == before, "it trained"
 
@@ -277,12 +281,14 @@ def test_the_last_evaluation_has_all_figures_of_the_fast_suite(tmp_path):
 
 
 def test_a_run_whose_every_update_is_not_finite_ends_diverged_and_leaves_good_checkpoints(tmp_path):
-    outcome = fit(tmp_path, HOOKED, "tracking.every=3", "recovery.max_skipped=3", hooks={6: poison})
+    settings = (HOOKED, "recovery.every=3", "recovery.max=0", "recovery.healthy_steps=0")
+    outcome = fit(tmp_path, *settings, hooks={6: poison})
     assert (outcome["status"], outcome["exit_code"]) == ("diverged", 4)
-    assert "step 9: not one of the last 3 updates was finite" in outcome["message"]
-    assert "optimizer.learning_rate" in outcome["message"]
-    manifest, faults = checkpoint.newest_good(Location.of(tmp_path) / "checkpoints")
+    assert "3 of 3 updates were not finite" in outcome["message"]
+    assert "recovery.max=0" in outcome["message"]
+    manifest, faults = good_one(tmp_path)
     assert (manifest.step, faults) == (8, [])
+    assert outcome["checkpoint"] == f"{tmp_path}/checkpoints/8"
     for name in manifest.files:
         if name.endswith(".safetensors"):
             assert all(t.double().isfinite().all() for t in manifest.tensors(name).values()), name
@@ -373,7 +379,7 @@ def test_two_ranks_stop_at_the_same_step_and_go_on_exactly(two_ranks):
 def test_every_rank_reports_every_checkpoint_and_returns_the_same(two_ranks):
     folder, told = two_ranks
     for rank in told:
-        assert [Path(uri).name for _, uri in rank["reports"]] == ["4", "8", "12"]
+        assert [Path(uri).name for _, uri in rank["reports"]] == ["0", "4", "8", "12"]
     metrics = [{k: v for k, v in rank["whole"]["metrics"].items() if k != "train/images_per_s"} for rank in told]
     assert metrics[0] == metrics[1]
     assert same(told, "whole", "checkpoint") == f"{folder}/whole/checkpoints/12"
@@ -406,7 +412,7 @@ def test_what_is_not_finite_on_one_rank_ends_the_run_on_all(two_ranks):
     folder, told = two_ranks
     assert same(told, "diverged", "status") == "diverged"
     assert same(told, "diverged", "exit_code") == 4
-    manifest, faults = checkpoint.newest_good(Location.of(folder / "diverged") / "checkpoints")
+    manifest, faults = good_one(folder / "diverged")
     assert (manifest.step, faults) == (8, [])
 
 
@@ -437,18 +443,20 @@ def test_a_damaged_newer_checkpoint_does_not_push_out_the_good_one_just_written(
     fit(tmp_path, "checkpoint.keep=1", "steps=8")
     fit(tmp_path, "checkpoint.keep=2", "steps=12")
     (tmp_path / "checkpoints" / "12" / "model.safetensors").write_bytes(b"")
-    outcome = fit(tmp_path, "checkpoint.keep=1", "steps=10", attempt=3)
+    outcome = fit(tmp_path, "checkpoint.keep=1", "checkpoint.spaced=0", "steps=10", attempt=3)
     assert outcome["step"] == 10
-    manifest, faults = checkpoint.newest_good(Location.of(tmp_path) / "checkpoints")
+    manifest, faults = good_one(tmp_path)
     assert (manifest.step, faults) == (10, [])
     assert [d.name for d in (Location.of(tmp_path) / "checkpoints").children()] == ["10"]
 
 
 def test_a_run_does_not_go_on_with_other_data(tmp_path):
-    settings = ("data.name=worker_runs:growing", "data.options.images=40")
+    settings = ("data.name=worker_runs:growing", f"data.options.count={tmp_path}/count")
+    (tmp_path / "count").write_text("40")
     assert fit(tmp_path, *settings, "steps=4")["status"] == "finished"
     assert fit(tmp_path, *settings, "steps=6")["step"] == 6
-    outcome = fit(tmp_path, "data.name=worker_runs:growing", "data.options.images=41")
+    (tmp_path / "count").write_text("41")
+    outcome = fit(tmp_path, *settings)
     assert (outcome["status"], outcome["exit_code"]) == ("bad data", 2)
     assert "not those the run began with" in outcome["message"]
 

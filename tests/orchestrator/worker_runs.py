@@ -1,6 +1,8 @@
 """Runs of the worker loop without Ray: tiny settings, functions that recipes name, and what a run left behind."""
 
 import math
+import threading
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -46,7 +48,13 @@ def fit(folder, *settings, hooks=None, world=None, report=lambda *_: None, attem
     Hooks.passes, Hooks.at, Hooks.output = 0, hooks or {}, staticmethod(lambda out: out)
     root = folder if isinstance(folder, Location) else Location.of(folder)
     log_path = job.pop("log_path", None) or root.local / "events.jsonl"
-    return run(Job(tiny(*settings, recipe=recipe), root, log_path, attempt, **job), world or World(), CPU, report)
+    job = Job(tiny(*settings, recipe=recipe), root, log_path, attempt, **job)
+    try:
+        return run(job, world or World(), CPU, report)
+    finally:  # threads outlive a death that is an exception: what they were writing is on the disk, or is not
+        for thread in threading.enumerate():
+            if thread.name == "checkpoint":
+                thread.join()
 
 
 def prepared(folder, *settings, world=None, **job):
@@ -141,7 +149,7 @@ def unfit_on_rank_1(config, image_shape, n_classes):
 
 def growing(config):
     """A data set that somebody adds images to."""
-    n = config.options["images"]
+    n = int(Path(config.options["count"]).read_text())
     images = torch.arange(n * 64, dtype=torch.int64).remainder(251).to(torch.uint8).reshape(n, 1, 8, 8)
     return {"train": (images, torch.arange(n) % 2)}
 

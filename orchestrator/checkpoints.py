@@ -1,0 +1,185 @@
+"""A run's checkpoints on one rank: written in the background, counted, pruned, and found again."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import uuid
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from jem import checkpoint
+from jem.checkpoint import Manifest
+from jem.errors import CheckpointError, JEMError
+from jem.files import Location
+from jem.saving import Saved, Writer
+from jem.train import TrainState
+from jem.world import World
+from orchestrator.config import CheckpointConfig, RunConfig
+from orchestrator.recovery import Recovery
+
+OWNER = "owner"
+
+
+class Superseded(RuntimeError):  # noqa: N818 - it is no error of the run, another process has taken it over
+    """Another group of workers has taken the run over: this one was thought dead."""
+
+
+class Checkpoints:
+    """All ranks call `begin`, `poll` and `finish` at the same points of their loops."""
+
+    def __init__(self, world: World, root: Location, config: CheckpointConfig, device: torch.device) -> None:
+        self.world, self.root, self.config = world, root, config
+        self.writer = Writer(world, device)
+        self.failures = 0  # in a row
+        self.newest: Location | None = None
+        self.token = uuid.uuid4().hex
+
+    @property
+    def folder(self) -> Location:
+        return self.root / "checkpoints"
+
+    def claim(self) -> None:
+        """From now on this group of workers, and no earlier one, commits checkpoints of the run."""
+        if self.world.rank == 0:
+            (self.root / OWNER).write(self.token.encode())
+
+    def check_claim(self) -> None:
+        """Raises Superseded if another group has claimed the run: a stopped process may come back to life."""
+        if self.world.rank == 0 and (self.root / OWNER).read() != self.token.encode():
+            raise Superseded(f"{self.root.uri}: another group of workers has taken this run over")
+
+    def begin(
+        self,
+        state: TrainState,
+        info: Mapping[str, Any],
+        sums: Mapping[str, Tensor],
+        best: Mapping[str, Tensor] | None,
+        events: bytes,
+    ) -> None:
+        """Start writing a checkpoint of `state`. Raises DivergedError if the state is not finite on any rank."""
+        with contextlib.suppress(OSError):  # a store that is away for a moment; the commit asks again
+            self.check_claim()  # what lies there is about to be replaced
+        step = state.step
+        directory = self.folder / step
+        arguments = (directory, state, info, sums, best, events)
+        self.writer.begin(*arguments, before_commit=self.check_claim, after_commit=lambda: self.prune(step))
+
+    def poll(self) -> Saved | None:
+        """What came of the checkpoint under way, once that is known."""
+        return self._count(self.writer.poll())
+
+    def finish(self) -> Saved | None:
+        """Wait for the checkpoint under way, if there is one."""
+        return self._count(self.writer.finish())
+
+    def give_up_if_hopeless(self) -> None:
+        """Raises JEMError when as many checkpoints in a row could not be written as are allowed."""
+        if self.failures >= self.config.max_failures:
+            last = f"the newest is {self.newest.uri}" if self.newest else "there is none"
+            raise JEMError(
+                f"{self.folder.uri}: {self.failures} checkpoints in a row could not be written, {last}; make room or "
+                "make it writable, then give the same command again"
+            )
+
+    def steps(self) -> list[int]:
+        """Of all committed checkpoints, newest first."""
+        return [int(d.name) for d in checkpoint.committed(self.folder)]
+
+    def staying(self) -> list[int]:
+        """Those among which a rollback chooses: without what a death between a commit and its pruning has left."""
+        newest = int(self.newest.name) if self.newest else -1
+        return sorted(kept(self.steps(), newest, self.config), reverse=True)
+
+    def prune(self, newest: int) -> None:
+        """Remove what need not stay. Those of later steps were found damaged, or the run would not be before them."""
+        stay = kept(self.steps(), newest, self.config)
+        with contextlib.suppress(OSError):  # the next checkpoint tries again
+            for directory in checkpoint.committed(self.folder):
+                if int(directory.name) not in stay:
+                    directory.remove()
+
+    def remove_after(self, step: int) -> None:
+        """A stretch that is given up leaves no checkpoints."""
+        for directory in checkpoint.committed(self.folder):
+            if int(directory.name) > step:
+                directory.remove()
+
+    def _count(self, saved: Saved | None) -> Saved | None:
+        if saved is not None:
+            self.failures = self.failures + 1 if saved.fault else 0
+            if not saved.fault:
+                self.newest = saved.directory
+        return saved
+
+
+def kept(steps: Sequence[int], newest: int, config: CheckpointConfig) -> set[int]:
+    """Which checkpoints stay: the newest few, and of every 4th, every 16th, ... the last two each.
+
+    Two, so that one of them is always at least a whole such stretch old.
+    """
+    before = sorted((s for s in steps if s <= newest), reverse=True)
+    stay = set(before[: config.keep])
+    for level in range(1, config.spaced + 1):
+        period = config.every * 4**level
+        stay |= set([s for s in before if s % period == 0][:2])
+    return stay
+
+
+def find(root: Location, config: RunConfig, recovery: Recovery) -> tuple[Manifest | None, list[str]]:
+    """The newest good checkpoint to go on from, and what is wrong with newer ones; half-written ones are removed.
+
+    None where there never was one. Raises CheckpointError where there are some and none is good.
+    """
+    folder = root / "checkpoints"
+    directories = checkpoint.committed(folder)
+    for directory in directories:
+        if recovery.abandoned(int(directory.name), _rollbacks_made(directory)):
+            directory.remove()  # a rollback was written down and then interrupted
+    directories = checkpoint.committed(folder)
+    manifest, faults = checkpoint.newest_good(directories, lambda found: _check_science(found, config))
+    if manifest is None and faults:
+        listed = "\n".join(f"  {fault}" for fault in faults)
+        remedy = "restore one of them from a backup, or start anew with --fresh"
+        raise CheckpointError(f"{folder.uri}: no checkpoint is as it was written:\n{listed}\n{remedy}")
+    _collect_orphans(folder, {d.path for d in directories})
+    return manifest, faults
+
+
+def find_for_rollback(folder: Location, steps: Sequence[int], to: int) -> Manifest:
+    """The checkpoint of step `to`, or the newest good one before it. Raises CheckpointError if none is good."""
+    manifest, faults = checkpoint.newest_good(folder / step for step in steps if step <= to)
+    if manifest is None:
+        raise CheckpointError(f"{folder.uri}: nothing to go back to: {'; '.join(faults)}")
+    return manifest
+
+
+def _check_science(manifest: Manifest, config: RunConfig) -> None:
+    """A checkpoint of other settings was copied here from another run."""
+    theirs, ours = manifest.info["config"], json.loads(json.dumps(config.science))
+    for key, value in ours.items():
+        if key in theirs and theirs[key] != value:
+            message = f"belongs to another run: its {key} is {theirs[key]!r}, {value!r} here"
+            raise CheckpointError(f"{manifest.directory.uri}: {message}")
+
+
+def _rollbacks_made(directory: Location) -> int:
+    try:
+        return int(checkpoint.read_manifest(directory).info.get("rollbacks", 0))
+    except CheckpointError:
+        return 0  # it is damaged, which is said when it would be used
+
+
+def _collect_orphans(folder: Location, committed: set[str]) -> None:
+    """Remove what a death in the middle of writing has left: directories without a manifest, temporary files."""
+    with contextlib.suppress(OSError):
+        for path in folder.children():
+            if path.path not in committed and (path.name.isdecimal() or path.name.endswith(".tmp")):
+                path.remove()
+            elif path.path in committed:
+                for file in path.children():
+                    if file.name.endswith(".tmp") or file.name.startswith("part-"):
+                        file.remove()
