@@ -56,11 +56,12 @@ class Health:
         self.odd: dict[str, int] = {}  # for how many looks in a row each kind of sign has been there
         self.last_energy: float | None = None  # of data, at the last look
 
-    def judge(self, step: int, figures: dict[str, float]) -> str | None:
+    def judge(self, figures: dict[str, float], last: bool = False) -> str | None:
         """Why the run is sick, in words; None if it is not.
 
-        `figures`: `Meter.read` of the steps since the last look, which end at `step`. Healthy ones become part
-        of what is known. A look with a sign that needs company is not called sick, and is not learnt from.
+        `figures`: `Meter.read` of the steps since the last look. Healthy ones become part of what is known. A
+        look with a sign that needs company is not called sick, and is not learnt from; unless it is the run's
+        `last`, as nothing can clear it of its sign any more.
         """
         signs = list(self._signs(figures))
         self.odd = {sign.kind: self.odd.get(sign.kind, 0) + 1 for sign in signs}
@@ -68,8 +69,8 @@ class Health:
         if not signs:
             look = figures | {"gap": _gap(figures)}
             self.known = [*self.known, {key: look[key] for key in KNOWN}][-WINDOW:]
-        sick = [sign.words for sign in signs if self.odd[sign.kind] >= sign.patience]
-        return f"step {step}: {'; '.join(sick)}" if sick else None
+        sick = [sign.words for sign in signs if last or self.odd[sign.kind] >= sign.patience]
+        return "; ".join(sick) or None
 
     def _signs(self, figures: dict[str, float]) -> Iterator[Sign]:
         skipped, steps = round(figures["skipped"]), round(figures["steps"])

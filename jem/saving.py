@@ -72,7 +72,7 @@ class Writer:
         assert self.pending is None, "one checkpoint at a time"
         fault = _non_finite(state)
         if self.world.any(fault is not None, self.device):
-            raise DivergedError(f"step {state.step}: {fault or 'what another rank holds'} is not finite")
+            raise DivergedError(f"{fault or 'what another rank holds'} is not finite")
         self._give_up.clear()
         self._done, self._error = False, None
         try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 import torch
@@ -18,10 +18,12 @@ from jem.files import Location
 from jem.saving import Saved, Writer
 from jem.train import TrainState
 from jem.world import World
+from orchestrator.agreement import on_rank_0
 from orchestrator.config import CheckpointConfig, RunConfig
 from orchestrator.recovery import Recovery
 
 OWNER = "owner"
+REMEDY = "make room or make it writable, then give the same command again"
 
 
 class Superseded(RuntimeError):  # noqa: N818 - it is no error of the run, another process has taken it over
@@ -37,15 +39,25 @@ class Checkpoints:
         self.failures = 0  # in a row
         self.newest: Location | None = None
         self.token = uuid.uuid4().hex
+        self.regular: dict[int, bool] = {}  # by step, as far as known
 
     @property
     def folder(self) -> Location:
         return self.root / "checkpoints"
 
     def claim(self) -> None:
-        """From now on this group of workers, and no earlier one, commits checkpoints of the run."""
-        if self.world.rank == 0:
-            (self.root / OWNER).write(self.token.encode())
+        """From now on this group of workers, and no earlier one, commits checkpoints of the run.
+
+        Raises JEMError on every rank if the run's folder cannot be written.
+        """
+
+        def write() -> None:
+            try:
+                (self.root / OWNER).write(self.token.encode())
+            except OSError as error:
+                raise JEMError(f"{self.root.uri}: cannot be written ({error}); {REMEDY}") from error
+
+        on_rank_0(self.world, write)
 
     def check_claim(self) -> None:
         """Raises Superseded if another group has claimed the run: a stopped process may come back to life."""
@@ -64,6 +76,7 @@ class Checkpoints:
         with contextlib.suppress(OSError):  # a store that is away for a moment; the commit asks again
             self.check_claim()  # what lies there is about to be replaced
         step = state.step
+        self.regular[step] = bool(info.get("regular", True))
         directory = self.folder / step
         arguments = (directory, state, info, sums, best, events)
         self.writer.begin(*arguments, before_commit=self.check_claim, after_commit=lambda: self.prune(step))
@@ -81,8 +94,7 @@ class Checkpoints:
         if self.failures >= self.config.max_failures:
             last = f"the newest is {self.newest.uri}" if self.newest else "there is none"
             raise JEMError(
-                f"{self.folder.uri}: {self.failures} checkpoints in a row could not be written, {last}; make room or "
-                "make it writable, then give the same command again"
+                f"{self.folder.uri}: {self.failures} checkpoints in a row could not be written, {last}; {REMEDY}"
             )
 
     def steps(self) -> list[int]:
@@ -90,13 +102,32 @@ class Checkpoints:
         return [int(d.name) for d in checkpoint.committed(self.folder)]
 
     def staying(self) -> list[int]:
-        """Those among which a rollback chooses: without what a death between a commit and its pruning has left."""
+        """Those among which a rollback chooses, newest first.
+
+        Neither what a death between a commit and its pruning has left, nor what a stop has: a run that was
+        stopped goes back to where one never stopped does.
+        """
         newest = int(self.newest.name) if self.newest else -1
-        return sorted(kept(self.steps(), newest, self.config), reverse=True)
+        steps = self.steps()
+        between = self.between(steps)
+        stay = kept(steps, newest, self.config, between)
+        return sorted(stay - between or stay, reverse=True)
+
+    def between(self, steps: Sequence[int]) -> set[int]:
+        """Those that were written between the regular steps: at a stop, or at the end."""
+        for step in steps:
+            if step not in self.regular:
+                try:
+                    info = checkpoint.read_manifest(self.folder / step).info
+                except CheckpointError:
+                    continue  # damaged, or just removed
+                self.regular[step] = bool(info.get("regular", True))
+        return {step for step in steps if not self.regular.get(step, True)}
 
     def prune(self, newest: int) -> None:
         """Remove what need not stay. Those of later steps were found damaged, or the run would not be before them."""
-        stay = kept(self.steps(), newest, self.config)
+        steps = self.steps()
+        stay = kept(steps, newest, self.config, self.between(steps))
         with contextlib.suppress(OSError):  # the next checkpoint tries again
             for directory in checkpoint.committed(self.folder):
                 if int(directory.name) not in stay:
@@ -116,13 +147,14 @@ class Checkpoints:
         return saved
 
 
-def kept(steps: Sequence[int], newest: int, config: CheckpointConfig) -> set[int]:
+def kept(steps: Sequence[int], newest: int, config: CheckpointConfig, between: Set[int] = frozenset()) -> set[int]:
     """Which checkpoints stay: the newest few, and of every 4th, every 16th, ... the last two each.
 
-    Two, so that one of them is always at least a whole such stretch old.
+    Two, so that one of them is always at least a whole such stretch old. Those `between` the regular
+    steps (of a stop, of the end) take nobody's place, and stay while they are the newest.
     """
     before = sorted((s for s in steps if s <= newest), reverse=True)
-    stay = set(before[: config.keep])
+    stay = set(before[:1]) | set([s for s in before if s not in between][: config.keep])
     for level in range(1, config.spaced + 1):
         period = config.every * 4**level
         stay |= set([s for s in before if s % period == 0][:2])

@@ -33,7 +33,7 @@ from orchestrator.tracking import Uploader, default_uri
 
 log = logging.getLogger(__name__)
 
-CLOSING_S = 8.0
+CLOSING_S = 7.0
 """Of the time that a signal leaves (signals.STOP_WITHIN_S): for what follows the workers' last checkpoint."""
 
 SAVING_S = 2.0
@@ -133,7 +133,8 @@ class Attempt:
     def _wait_for_training(self) -> dict[str, Any]:
         """Wait in the main thread, where signals arrive, while Ray works in another.
 
-        On the main thread ray.init would exit at a SIGTERM, and fit() abort at a SIGINT. The thread lives as long as Ray does: on Linux the processes of a private Ray are killed when it ends.
+        On the main thread ray.init would exit at a SIGTERM, and fit() abort at a SIGINT. The thread lives as long
+        as Ray does: on Linux the processes of a private Ray are killed when it ends.
         """
         box: list[Any] = []
 
@@ -154,7 +155,10 @@ class Attempt:
                 asking.start()
             if self.signals.left < CLOSING_S:
                 leave_ray(patience_s=CLOSING_S / 2)
-                return {"status": "stopped", "message": "stopped before the workers could write a checkpoint"}
+                return {
+                    "status": "stopped",
+                    "message": "stopped before the workers ended by themselves",
+                }
         if isinstance(box[0], BaseException):
             raise box[0]
         return box[0]  # type: ignore[no-any-return]

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
-import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,6 +28,9 @@ QUIET = {
 
 # Of a Ray of our own: how long a worker that is stopped (SIGSTOP) may stay before it is killed and its CPU is free.
 PATIENCE = {"RAY_actor_graceful_shutdown_timeout_ms": "5000"}
+
+# A submitted job's own environment variables are kept, but for those set here: PYTHONPATH is extended.
+JOINED = {"RAY_OVERRIDE_JOB_RUNTIME_ENV": "1"}
 
 TOKEN = Path.home() / ".ray" / "auth_token"
 
@@ -56,7 +57,7 @@ class Cluster:
 def start_ray(config: RunConfig) -> Iterator[Cluster]:
     """Join the cluster at RAY_ADDRESS, or start a Ray that lives as long as the context."""
     address = os.environ.get("RAY_ADDRESS")
-    for key, value in (QUIET | patience(config) | ({} if address else PATIENCE)).items():
+    for key, value in (QUIET | patience(config) | (JOINED if address else PATIENCE)).items():
         os.environ.setdefault(key, value)
     import ray
 
@@ -94,7 +95,7 @@ def train_on_ray(
     config: RunConfig, root: Location, log_path: Path, attempt: int, init_from: str | None, cluster: Cluster
 ) -> dict[str, Any]:
     """Run the worker function on every worker; what it returned on rank 0. Raises what Ray raises."""
-    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
     from orchestrator.training import Job
@@ -114,7 +115,6 @@ def train_on_ray(
             name=f"attempt-{attempt}",
             storage_path=(root / "ray").path,
             storage_filesystem=root.fs,
-            checkpoint_config=CheckpointConfig(num_to_keep=2),
             failure_config=FailureConfig(
                 max_failures=config.recovery.max_failures,
                 controller_failure_limit=START_FAILURES["elastic" if elastic(config) else "fixed"],
@@ -146,7 +146,6 @@ def _worker(arguments: dict[str, Any]) -> dict[str, Any]:
     import ray.train
     import ray.train.torch
     import torch
-    from ray.train import Checkpoint, CheckpointUploadMode
 
     from jem.world import World
     from orchestrator.training import Job
@@ -164,19 +163,8 @@ def _worker(arguments: dict[str, Any]) -> dict[str, Any]:
         torch.cuda.set_device(device)  # NCCL's collectives use the current one
 
     def report(metrics: dict[str, float], uri: str) -> None:
-        """Ray keeps a pointer: ours is the checkpoint."""
-        if world.rank > 0:
-            ray.train.report({}, checkpoint=None)
-            return
-        folder = tempfile.mkdtemp(prefix="pointer-")
-        (Path(folder) / "pointer.json").write_text(json.dumps({"checkpoint": uri}))
-        pointer = Checkpoint.from_directory(folder)
-        ray.train.report(
-            metrics,
-            checkpoint=pointer,
-            checkpoint_upload_mode=CheckpointUploadMode.SYNC,
-            delete_local_checkpoint_after_upload=True,
-        )
+        """Ray hears of the checkpoint and keeps none of it: what it would write could fail where ours did not."""
+        ray.train.report({**metrics, "checkpoint": uri})
 
     return run(job, world, device, report)
 

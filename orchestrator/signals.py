@@ -14,8 +14,8 @@ from types import FrameType, TracebackType
 
 NUMBERS = (signal.SIGTERM, signal.SIGINT)
 
-STOP_WITHIN_S = 28.0
-"""From the first signal to the end of the process: Slurm and Kubernetes send SIGKILL after 30 s."""
+STOP_WITHIN_S = 26.0
+"""From the first signal to the last line: Slurm and Kubernetes kill after 30 s, and leaving Python takes up to 3."""
 
 
 class StopSignals:

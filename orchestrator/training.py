@@ -131,13 +131,16 @@ class Training:
         self.watchdog.touch()
         self.meter.add(info, self.world)
         if last or info.step % config.recovery.every == 0:
-            fault = self.health.judge(info.step, self.meter.read(self.world, HEALTH))
+            fault = self.health.judge(self.meter.read(self.world, HEALTH), last)
             if fault is not None:
                 return fault
         if last or info.step % config.tracking.every == 0:
             self.log_training(info)
         if last or info.step % config.evaluate.every == 0:
-            self.validate()
+            try:
+                self.validate()
+            except DivergedError as error:
+                return str(error)
         if last or info.step % config.tracking.images_every == 0:
             self.draw_chains()
         if last:
@@ -228,6 +231,7 @@ class Training:
             "facts": self.job.facts,
             "health": self.health.state(),
             "rollbacks": self.recovery.count,
+            "regular": self.state.step % self.config.checkpoint.every == 0,
         }
         events = self.log.since(self.logged) if self.log else b""
         self.carried = self.log.size if self.log else 0

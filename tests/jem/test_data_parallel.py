@@ -47,7 +47,10 @@ GUARDS = {
     "sgd, first update": {"poison": math.nan, "poison_at": 0, "optimizer__name": "sgd"},
     "sgd, later": {"poison": math.nan, "poison_at": 2, "optimizer__name": "sgd"},
 }
-FIGURES = ("chain_grad_norm", "reinit_share", "lost_chains", "grad_norm")
+FIGURES = (
+    *("chain_grad_norm", "reinit_share", "lost_chains", "grad_norm"),
+    *("chain_saturation", "chain_contrast", "data_contrast"),
+)
 
 
 def whole_batch(n, labelled, dtype, step=0):

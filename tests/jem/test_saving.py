@@ -210,6 +210,10 @@ class Snapshots:
     def around(self, function):
         def wrapped(*arguments):
             self.take()
+            if function.__name__ == "remove" and arguments[0].is_dir():  # one file after the other, in any order
+                for child in reversed(arguments[0].children()):
+                    child.local.unlink()
+                    self.take()
             result = function(*arguments)
             self.take()
             return result

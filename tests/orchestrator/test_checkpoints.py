@@ -31,14 +31,15 @@ configs = st.builds(
 )
 
 
-@given(configs, st.lists(st.integers(0, 3000), unique=True), st.integers(0, 3000))
-def test_the_newest_stay_and_no_more_than_is_said(config, steps, newest):
-    stay = kept(steps, newest, config)
+@given(configs, st.lists(st.integers(0, 3000), unique=True), st.integers(0, 3000), st.sets(st.integers(0, 3000)))
+def test_the_newest_stay_and_no_more_than_is_said(config, steps, newest, between):
+    stay = kept(steps, newest, config, between)
     before = sorted(step for step in steps if step <= newest)
     assert stay <= set(before), "what is newer than the newest good one was found damaged"
-    assert set(before[-config.keep :]) <= stay
-    assert len(stay) <= config.keep + 2 * config.spaced
-    assert kept(list(stay), newest, config) == stay
+    assert set(before[-1:]) <= stay
+    assert set([step for step in before if step not in between][-config.keep :]) <= stay
+    assert len(stay) <= 1 + config.keep + 2 * config.spaced
+    assert kept(list(stay), newest, config, between) == stay
 
 
 @given(configs, st.integers(1, 600), st.randoms(use_true_random=False))
@@ -49,20 +50,22 @@ def test_over_a_long_run_one_is_always_old_enough_to_walk_back_to(config, length
     Checkpoints of requests to stop come in between, and pruning twice or from another order is as pruning once.
     """
     there: set[int] = set()
+    odds: set[int] = set()
     far = config.every * 4**config.spaced if config.spaced else 0
     for number in range(length + 1):
         step = number * config.every
         there.add(step)
-        there = kept(sorted(there, reverse=True), step, config)
-        assert kept(list(there), step, config) == there
+        there = kept(sorted(there, reverse=True), step, config, odds)
+        assert kept(list(there), step, config, odds) == there
         assert step in there
         assert len(there) <= config.keep + 2 * config.spaced
         if step >= far:
             assert min(there) <= step - far
         if random is not None and config.every > 1 and random.random() < 0.1:
             odd = step + random.randrange(1, config.every)
-            there = kept([*there, odd], odd, config)
-            assert odd in there
+            odds.add(odd)
+            before, there = there, kept([*there, odd], odd, config, odds)
+            assert there == before | {odd}, "it takes nobody's place"
 
 
 def test_the_defaults_keep_what_the_readme_of_a_long_run_would_say():
@@ -73,7 +76,22 @@ def test_the_defaults_keep_what_the_readme_of_a_long_run_would_say():
     assert sorted(there) == [8000, 16_000, 18_000, 18_500, 19_000, 19_500]
 
 
-def made(root, *steps, config=None, rollbacks=0, seed=0):
+def test_a_stop_does_not_change_where_a_rollback_may_go(root):
+    straight, stopped = group(root / "straight", every=4), group(root / "stopped", every=4)
+    made(root / "straight", 0, 4, 8, 12)
+    made(root / "stopped", 0, 4, 8, 10, 12, between=(10,))
+    for newest, stop in ((8, 10), (12, 12)):
+        straight.newest, stopped.newest = straight.folder / newest, stopped.folder / stop
+        assert stopped.staying() == straight.staying() == [s for s in (12, 8, 4, 0) if s <= newest]
+    stopped.prune(12)
+    assert stopped.steps() == [12, 8, 4, 0]
+    only = group(root / "only")
+    made(root / "only", 7, between=(7,))
+    only.newest = only.folder / 7
+    assert only.staying() == [7], "better than nothing"
+
+
+def made(root, *steps, config=None, rollbacks=0, seed=0, between=()):
     """Checkpoints without training, as a run of `config` writes them."""
     config = config or tiny()
     state = start(config, (1, 8, 8), 10)
@@ -81,6 +99,7 @@ def made(root, *steps, config=None, rollbacks=0, seed=0):
     for step in steps:
         state.step = step
         info = {"config": json.loads(json.dumps(config.science)), "rollbacks": rollbacks}
+        info["regular"] = step not in between
         save(root / "checkpoints" / step, state, World(), info, {})
 
 
@@ -303,6 +322,21 @@ def test_failures_are_counted_in_a_row_and_too_many_end_the_run_with_the_remedy(
     fail(16)
     with pytest.raises(Exception, match=r"2 checkpoints in a row could not .*newest is .*/checkpoints/8; make room"):
         checkpoints.give_up_if_hopeless()
+
+
+def test_what_a_death_between_a_commit_and_its_pruning_has_left_is_not_chosen_from(root):
+    """A run that was killed there goes back to where one goes back to that was not."""
+    checkpoints = group(root, keep=2, spaced=1, every=4)
+    checkpoints.claim()
+    made(root, *range(0, 25, 4))
+    assert checkpoints.staying() == []
+    checkpoints.newest = root / "checkpoints" / 20  # 24 is damaged
+    assert checkpoints.staying() == [20, 16, 0]
+    checkpoints.newest = root / "checkpoints" / 24
+    assert checkpoints.staying() == [24, 20, 16, 0]
+    assert checkpoints.steps() == [24, 20, 16, 12, 8, 4, 0]
+    checkpoints.prune(24)
+    assert checkpoints.steps() == checkpoints.staying() == [24, 20, 16, 0]
 
 
 def test_a_checkpoint_that_cannot_be_pruned_costs_nothing(root, monkeypatch):

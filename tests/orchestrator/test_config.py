@@ -276,6 +276,29 @@ def test_required_settings_are_asked_for(recipe):
     assert all("is required" in p for p in found)
 
 
+@pytest.mark.parametrize(("text", "bounds"), [("3", (3, 3)), ("1..4", (1, 4)), ("2..2", (2, 2)), ("64", (64, 64))])
+def test_workers_are_a_number_or_a_range(text, bounds):
+    config = load_run_config("digits", [f"workers={text}"])
+    assert (config.min_workers, config.max_workers) == bounds
+    assert from_flat(json.loads(json.dumps(flatten(config)))) == config
+
+
+@pytest.mark.parametrize("text", ["3..1", "0..2", "1..", "..2", "1...2", "1.5", "-1..2", "two", "true", "none", ""])
+def test_workers_that_are_neither_are_named_with_what_they_may_be(text):
+    assert problems("digits", f"workers={text}") == [
+        f"command line: workers: is '{text}', must be N or MIN..MAX, such as 2 or 1..4"
+    ]
+
+
+def test_every_number_of_workers_in_a_range_must_fit():
+    assert problems("digits", "workers=1..65") == ["command line: workers: is 1..65, must be from 1 to batch_size (64)"]
+    small = ("batch_size=7", "replay.capacity=8")
+    for workers in ("4", "6", "1..4"):
+        load_run_config("digits", [f"workers={workers}", *small])
+    (problem,) = problems("digits", "workers=4..6", *small)  # 5 of them would not do
+    assert "replay.capacity: is 8, must be at least 13 so that each of 4..6 workers" in problem
+
+
 @pytest.mark.parametrize(("workers", "fits"), [(0, False), (1, True), (64, True), (65, False)])
 def test_workers_go_from_1_to_the_batch_size(workers, fits):
     if fits:

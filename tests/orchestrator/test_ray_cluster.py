@@ -10,7 +10,7 @@ import pytest
 from jem.errors import ConfigError
 from orchestrator import ray_cluster
 from orchestrator.config import load_run_config
-from orchestrator.ray_cluster import Cluster, cores, use_gpu
+from orchestrator.ray_cluster import Cluster, cores, patience, use_gpu
 
 
 @pytest.mark.parametrize(("text", "expected"), [("150000 100000", 1), ("200000 100000", 2), ("max 100000", 64)])
@@ -25,6 +25,23 @@ def test_each_worker_gets_a_gpu_where_there_are_enough():
     assert use_gpu(config, Cluster(private=True, cpus=8, gpus=2))
     assert not use_gpu(config, Cluster(private=True, cpus=8, gpus=1))
     assert not use_gpu(load_run_config("digits", ["device=cpu"]), Cluster(private=True, cpus=8, gpus=8))
+
+
+def test_an_elastic_run_needs_what_its_fewest_workers_need(capsys):
+    config = load_run_config("digits", ["workers=2..8"])
+    assert use_gpu(config, Cluster(private=True, cpus=8, gpus=2))
+    assert not use_gpu(config, Cluster(private=True, cpus=8, gpus=1))
+    ray_cluster._check(config, Cluster(private=False, cpus=2, gpus=0))
+    assert capsys.readouterr().err == ""
+    ray_cluster._check(config, Cluster(private=False, cpus=1, gpus=0))
+    assert "workers=2..8, the cluster has 1 CPUs at present: waiting for more" in capsys.readouterr().err
+
+
+def test_how_long_ray_waits_follows_the_configuration():
+    fixed = patience(load_run_config("digits", ["workers=2", "recovery.hang_timeout=45"]))
+    assert fixed == {"RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "45.0"}
+    elastic = patience(load_run_config("digits", ["workers=1..2"]))
+    assert elastic["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] == "20", "a lost node is not waited for"
 
 
 def test_missing_gpus_are_an_error_here_and_waited_for_on_a_cluster(capsys):

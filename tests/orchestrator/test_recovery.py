@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from worker_runs import HOOKED, Death, die, fit, log_of, newest, state_of, steps_kept, tiny
+from worker_runs import HOOKED, Death, Hooks, die, fit, log_of, newest, poison, state_of, steps_kept, tiny
 
-from jem import checkpoint
 from jem.errors import CheckpointError, DivergedError
 from jem.files import Location
 from orchestrator.checkpoints import Checkpoints
-from orchestrator.control import clear_request, request_stop
 from orchestrator.outbox import Outbox, Point, Tags
 from orchestrator.recovery import Recovery, Rollback, read_recovery, write_recovery
 
@@ -76,14 +75,17 @@ def test_more_failures_than_rungs_keep_the_whole_ladder_for_longer():
     assert recovery.settings(4000)[0].sgld.clamp is None
 
 
+@settings(max_examples=30)
 @given(st.integers(1, 7), st.integers(1, 40), st.integers(1, 50), st.integers(0, 120))
 def test_the_settings_of_a_step_hold_until_the_step_that_is_said_and_no_longer(level, relax, diverged_at, step):
     config = replace(CONFIG, steps=120, recovery=replace(CONFIG.recovery, relax_steps=relax))
     recovery = recovered(level, diverged_at, config)
-    settings, until = recovery.settings(step)
+    trained_with, until = recovery.settings(step)
     assert until > step or step == 120
     assert {recovery.level(s) for s in range(step, until)} <= {recovery.level(step)}
-    assert all(recovery.settings(s) == (settings, until) for s in range(step, until))
+    assert all(
+        recovery.settings(s) == (trained_with, until) for s in {step, (step + until) // 2, until - 1} if s >= step
+    )
     if until < 120:
         assert recovery.level(until) == recovery.level(step) - 1
 
@@ -252,17 +254,6 @@ def test_the_log_tells_every_rollback_as_it_is_written_down(whole):
     assert [e["remedy"] for e in log_of(folder, "rollback")] == [", ".join(e["remedies"]) for e in made(folder)]
 
 
-def test_steps_after_a_rollback_are_run_again_with_other_chains(whole):
-    folder, _ = whole
-    seen, other = {}, 0
-    for event in log_of(folder, "metrics"):
-        loss = event["metrics"].get("train/loss")
-        if loss is not None and event["step"] in seen:
-            other += loss != seen[event["step"]]
-        seen[event["step"]] = loss
-    assert other > 0
-
-
 def test_two_runs_that_diverge_are_the_same_bit_for_bit(whole, tmp_path):
     fit(tmp_path, *UNSTABLE)
     same_run(tmp_path, whole[0])
@@ -359,16 +350,49 @@ def test_without_rollbacks_it_ends_diverged_at_its_newest_good_checkpoint_and_wi
     same_run(tmp_path, whole[0])
 
 
-def test_a_checkpoint_that_rots_is_passed_over_when_a_rollback_wants_it(tmp_path):
-    def rot(_network):
-        for directory in checkpoint.committed(Location.of(tmp_path) / "checkpoints"):
-            if directory.name != "0":
-                (directory / "model.safetensors").write(b"x")
+def heal(_network):
+    Hooks.output = staticmethod(lambda out: out)
 
-    poisoned = ("recovery.every=3", "recovery.healthy_steps=0", "recovery.max=1")
-    outcome = fit(tmp_path, HOOKED, "optimizer.learning_rate=30", *poisoned, "steps=12", hooks={11: rot})
-    assert outcome["status"] in ("finished", "diverged")
-    assert log_of(tmp_path, "rollback")
+
+def sick_for_the_last_time(network):
+    def output(out):
+        heal(network)
+        return out * math.nan
+
+    Hooks.output = staticmethod(output)
+
+
+def test_steps_after_a_rollback_are_the_same_data_with_other_chains(tmp_path):
+    settings = (HOOKED, "steps=20", "tracking.every=1", "recovery.every=2", "recovery.healthy_steps=0")
+    fit(tmp_path, *settings, "recovery.ladder=[seed]", hooks={11: poison, 12: sick_for_the_last_time})
+    assert [(e["from_step"], e["step"]) for e in log_of(tmp_path, "rollback")] == [(12, 8)]
+    first, again = (e["metrics"] for e in log_of(tmp_path, "metrics") if e["step"] == 9)
+    assert again["train/energy_data"] == first["train/energy_data"]
+    assert again["train/energy_samples"] != first["train/energy_samples"]
+
+
+def test_what_validation_finds_is_a_divergence_like_any_other(tmp_path):
+    settings = (HOOKED, "recovery.every=100", "recovery.healthy_steps=0", "steps=20", "checkpoint.every=4")
+    outcome = fit(tmp_path, *settings, "evaluate.every=5", hooks={10: poison, 11: heal})
+    assert (outcome["status"], outcome["step"]) == ("finished", 20)
+    [event] = log_of(tmp_path, "rollback")
+    assert (event["from_step"], event["step"]) == (10, 8)
+    assert "NaN" in event["reason"]
+
+
+def test_a_checkpoint_that_has_rotted_is_passed_over_when_a_rollback_wants_it(tmp_path):
+    """Divergence from outside, for two steps: where it is noticed does not depend on any threshold."""
+
+    def rot(_network):
+        assert steps_kept(tmp_path) == [0, 4, 8]
+        (tmp_path / "checkpoints" / "8" / "model.safetensors").write_bytes(b"x")
+
+    sick = {11: poison, 12: rot, 13: heal}
+    outcome = fit(tmp_path, HOOKED, "recovery.every=2", "recovery.healthy_steps=0", "steps=20", hooks=sick)
+    assert (outcome["status"], outcome["step"]) == ("finished", 20)
+    assert [(e["from_step"], e["step"]) for e in log_of(tmp_path, "rollback")] == [(12, 4)]
+    assert [(e["diverged_at"], e["to"]) for e in made(tmp_path)] == [(12, 4)]
+    assert steps_kept(tmp_path)[-1] == 20
 
 
 # What MLflow is told.

@@ -61,8 +61,8 @@ def test_checkpoints_are_written_on_time_and_the_newest_stay(tmp_path):
         report=lambda _, uri: reported.append(uri),
     )
     assert reported == [f"{tmp_path}/checkpoints/{step}" for step in (0, 4, 8, 12, 14)]
-    assert steps_kept(tmp_path) == [12, 14]
-    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["12", "14"]
+    assert steps_kept(tmp_path) == [8, 12, 14], "two on time, and the last"
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["12", "14", "8"]
     assert outcome["status"] == "finished"
     assert (outcome["step"], outcome["checkpoint"]) == (14, f"{tmp_path}/checkpoints/14")
 
@@ -239,7 +239,7 @@ def test_best_weights_are_those_of_the_best_validation(tmp_path):
             for p in network.parameters():
                 p.neg_()
 
-    settings = (HOOKED, "evaluate.final=best", "evaluate.every=2", "evaluate.suite=fast")
+    settings = (HOOKED, "evaluate.final=best", "evaluate.every=2", "evaluate.suite=fast", "objective.p_x_weight=0")
     outcome = fit(tmp_path, *settings, "steps=40", hooks={37: spoil})
     manifest, validated = newest(tmp_path), {s: v for (k, s), v in trace(tmp_path).items() if k == "val/accuracy"}
     assert outcome["weights"] == manifest.info["final"] == "best"
@@ -447,7 +447,7 @@ def test_a_damaged_newer_checkpoint_does_not_push_out_the_good_one_just_written(
     assert outcome["step"] == 10
     manifest, faults = good_one(tmp_path)
     assert (manifest.step, faults) == (10, [])
-    assert [d.name for d in (Location.of(tmp_path) / "checkpoints").children()] == ["10"]
+    assert [d.name for d in (Location.of(tmp_path) / "checkpoints").children()] == ["10", "8"]
 
 
 def test_a_run_does_not_go_on_with_other_data(tmp_path):
@@ -476,3 +476,13 @@ def test_one_skipped_update_is_no_divergence_whatever_is_logged_how_often(tmp_pa
 
     outcome = fit(tmp_path, HOOKED, f"tracking.every={every}", "steps=12", hooks={12: poison_once})
     assert (outcome["status"], outcome["step"]) == ("finished", 12)
+
+
+def test_two_ranks_that_diverge_roll_back_together_and_killed_in_between_end_with_the_same_bits(two_ranks):
+    folder, told = two_ranks
+    for story in ("unstable", "unstable killed"):
+        assert same(told, story, "status") == "finished"
+        assert same(told, story, "checkpoint") == f"{folder}/{story}/checkpoints/60"
+    assert log_of(folder / "unstable", "rollback"), "these settings do not diverge any more"
+    assert newest(folder / "unstable").info["rollbacks"] == len(log_of(folder / "unstable", "rollback"))
+    assert state_of(folder / "unstable") == state_of(folder / "unstable killed")
