@@ -11,7 +11,7 @@ from jem.config import EvaluateConfig
 from jem.data.augment import to_float
 from jem.data.sources import DataSet, Split
 from jem.energy import Logits
-from jem.evaluate import calibration, classification, ood
+from jem.evaluate import calibration, classification, ood, scores, sets
 from jem.randomness import generator
 from jem.world import World
 
@@ -43,29 +43,29 @@ def evaluate_fast(
     same figures and does its share of the batches.
     """
     test = to_float(data.test.images, torch.float32)
-    sets = {
-        "test": test,
-        "interp": ood.interpolations(test),
-        "uniform": ood.uniform_noise(test.shape, generator("cpu", "evaluate", "uniform")),
-    }
-    logits = {name: over_batches(network, x, config, world, like, name) for name, x in sets.items()}
+    images = {"test": test} | {name: outliers(name, test) for name in ("interp", "uniform")}
+    logits = {name: over_batches(network, x, config, world, like, name) for name, x in images.items()}
 
     def approx_mass(x: Tensor) -> Tensor:
-        return ood.approx_mass(network, x)
+        return scores.approx_mass(network, x)
 
-    scores = {
-        "log_px": {name: ood.log_px(out) for name, out in logits.items()},
-        "max_py": {name: ood.max_py(out) for name, out in logits.items()},
-        "approx_mass": {n: over_batches(approx_mass, x, config, world, like, n) for n, x in sets.items()},
+    scored = {
+        "log_px": {name: scores.log_px(out) for name, out in logits.items()},
+        "max_py": {name: scores.max_py(out) for name, out in logits.items()},
+        "approx_mass": {n: over_batches(approx_mass, x, config, world, like, n) for n, x in images.items()},
     }
     metrics = {f"test/{k}": v for k, v in classification_metrics(logits["test"], data.test.labels).items()}
     for name in ("interp", "uniform"):
-        for score, by_set in scores.items():
+        for score, by_set in scored.items():
             metrics[f"ood/{name}/{score}/auroc"] = ood.auroc(by_set["test"], by_set[name])
     return metrics
 
 
-@torch.no_grad()
+def outliers(name: str, test: Tensor) -> Tensor:
+    """The set `name` of `sets.SETS` for these test images: the same at every call."""
+    return sets.SETS[name](test, generator("cpu", "evaluate", name))
+
+
 def over_batches(
     function: Callable[[Tensor], Tensor], images: Tensor, config: EvaluateConfig, world: World, like: Tensor, key: str
 ) -> Tensor:
@@ -73,6 +73,23 @@ def over_batches(
 
     `key` names the stream of the noise, if any; the noise of a batch does not depend on who computes it.
     """
+
+    def alone(x: Tensor, _: torch.Generator) -> Tensor:
+        return function(x)
+
+    return over_random_batches(alone, images, config, world, like, key)
+
+
+@torch.no_grad()
+def over_random_batches(
+    function: Callable[[Tensor, torch.Generator], Tensor],
+    images: Tensor,
+    config: EvaluateConfig,
+    world: World,
+    like: Tensor,
+    key: str,
+) -> Tensor:
+    """`over_batches` for a function that draws: from a stream of the batch's own, on `like`'s device."""
     out: Tensor | None = None
     for index, begin in enumerate(range(0, len(images), BATCH)):
         if index % world.size != world.rank and out is not None:
@@ -80,7 +97,8 @@ def over_batches(
         x = images[begin : begin + BATCH]
         if config.noise_std:
             x = x + config.noise_std * torch.randn(x.shape, generator=generator("cpu", "evaluate", key, index))
-        value = function(x.to(like.device, like.dtype))
+        draws = generator(like.device, "evaluate", key, index, "of the function")
+        value = function(x.to(like.device, like.dtype), draws)
         if out is None:
             out = value.new_zeros((len(images), *value.shape[1:]))
         if index % world.size == world.rank:

@@ -2,152 +2,14 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from jem.config import EvaluateConfig
 from jem.data.splits import DataSet, Split
-from jem.errors import DivergedError
-from jem.evaluate.calibration import Bins, confidence_bins, ece
-from jem.evaluate.classification import accuracy, nll
-from jem.evaluate.evaluate import BATCH, evaluate_fast, over_batches, validate
-from jem.evaluate.ood import approx_mass, auroc, interpolations, log_px, max_py, uniform_noise
+from jem.evaluate.evaluate import BATCH, evaluate_fast, outliers, over_batches, over_random_batches, validate
+from jem.evaluate.scores import refinement
 from jem.world import World
 
 LIKE = torch.zeros(())
-
-
-def logits_of(*rows):
-    return torch.tensor(rows, dtype=torch.float64).log()
-
-
-FOUR = logits_of([0.9, 0.1], [0.2, 0.8], [0.7, 0.3], [0.45, 0.55])
-LABELS = torch.tensor([0, 0, 0, 1])
-
-
-def test_accuracy_and_nll_worked_out_by_hand():
-    assert accuracy(FOUR, LABELS) == 0.75
-    by_hand = -(math.log(0.9) + math.log(0.2) + math.log(0.7) + math.log(0.55)) / 4
-    assert nll(FOUR, LABELS) == pytest.approx(by_hand)
-    assert nll(FOUR + 300, LABELS) == pytest.approx(by_hand)
-
-
-def test_nll_of_a_confident_mistake_is_the_gap_of_the_logits_and_not_infinite():
-    assert nll(torch.tensor([[200.0, 0.0]]), torch.tensor([1])) == pytest.approx(200)
-
-
-def test_ece_worked_out_by_hand():
-    """Ten bins: .9 alone and right, .8 alone and wrong, .7 right, .55 right."""
-    by_hand = (abs(1 - 0.9) + abs(0 - 0.8) + abs(1 - 0.7) + abs(1 - 0.55)) / 4
-    assert ece(confidence_bins(FOUR, LABELS, 10)) == pytest.approx(by_hand)
-
-
-def test_ece_weighs_bins_by_their_counts_and_errors_cancel_within_a_bin():
-    """Two bins: three of confidence .6, .7, .8 of which two are right, and one of .4 (of 3 classes) that is wrong."""
-    logits = logits_of([0.6, 0.2, 0.2], [0.7, 0.2, 0.1], [0.8, 0.1, 0.1], [0.4, 0.35, 0.25])
-    labels = torch.tensor([0, 0, 1, 2])
-    by_hand = (3 * abs(2 / 3 - 0.7) + 1 * abs(0 - 0.4)) / 4
-    assert ece(confidence_bins(logits, labels, 2)) == pytest.approx(by_hand)
-
-
-def test_bins_are_20_open_below_and_closed_above_and_certainty_is_in_the_last():
-    logits = logits_of([1.0, 0.0], [0.5, 0.5], [0.96, 0.04], [0.949, 0.051])
-    bins = confidence_bins(logits, torch.zeros(4, dtype=torch.int64))
-    assert bins.counts.nonzero().flatten().tolist() == [9, 18, 19]  # (.45, .5], (.9, .95], (.95, 1]
-    assert bins.counts.tolist()[19] == 2
-    assert len(bins.counts) == 20
-
-
-def test_a_perfectly_calibrated_and_certain_model_has_ece_0_and_a_certain_and_wrong_one_1():
-    certain = logits_of([1.0, 0.0], [1.0, 0.0])
-    assert ece(confidence_bins(certain, torch.tensor([0, 0]))) == 0
-    assert ece(confidence_bins(certain, torch.tensor([1, 1]))) == 1
-
-
-def test_bins_of_two_parts_add_up_to_those_of_the_whole(generator):
-    logits = 3 * torch.randn(101, 5, generator=generator)
-    labels = torch.randint(5, (101,), generator=generator)
-    parts = [confidence_bins(logits[rows], labels[rows]) for rows in (slice(0, 40), slice(40, None))]
-    whole = confidence_bins(logits, labels)
-    summed = Bins(*(a + b for a, b in zip(*parts, strict=True)))
-    torch.testing.assert_close(summed, whole)
-    assert ece(summed) == pytest.approx(ece(whole))
-    assert whole.counts.sum() == 101
-
-
-def test_ece_estimates_how_far_confidence_is_off(generator):
-    """p(right) = .8 said as .9: ECE .1 within 4 standard errors, here with every prediction in one bin."""
-    n = 20_000
-    labels = (torch.rand(n, generator=generator) > 0.8).long()
-    got = ece(confidence_bins(logits_of([0.9, 0.1]).repeat(n, 1), labels))
-    assert abs(got - 0.1) < 4 * math.sqrt(0.8 * 0.2 / n)
-
-
-def test_nan_has_no_calibration():
-    with pytest.raises(DivergedError, match="NaN"):
-        confidence_bins(torch.tensor([[math.nan, 0.0]]), torch.tensor([0]))
-
-
-def by_pairs(inside, outside):
-    """The chance that a random inside score exceeds a random outside one; a tie is half."""
-    pairs = [(a > b) + 0.5 * (a == b) for a in inside for b in outside]
-    return sum(pairs) / len(pairs)
-
-
-SCORES = st.lists(st.integers(-5, 5).map(float), min_size=1, max_size=15)
-
-
-@settings(deadline=None)
-@given(SCORES, SCORES, st.sampled_from([0.0, 1000.0, -1e6]), st.sampled_from([1.0, 1e-6, 1e6]))
-def test_auroc_counts_pairs_with_ties_half_whatever_the_scores_offset_and_scale(inside, outside, offset, scale):
-    scores = [torch.tensor(s, dtype=torch.float64) * scale + offset for s in (inside, outside)]
-    assert auroc(*scores) == pytest.approx(by_pairs(inside, outside))
-    assert auroc(*reversed(scores)) == pytest.approx(1 - by_pairs(inside, outside))
-
-
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_auroc_refuses_scores_that_are_no_numbers_and_says_what_to_do(bad):
-    with pytest.raises(DivergedError, match="earlier checkpoint"):
-        auroc(torch.tensor([0.0, bad]), torch.tensor([1.0]))
-
-
-def test_scores_are_log_p_of_x_and_log_max_p_of_y():
-    logits = logits_of([1.0, 3.0], [2.0, 6.0], [0.0, 0.5])
-    torch.testing.assert_close(log_px(logits).exp(), torch.tensor([4.0, 8.0, 0.5], dtype=torch.float64))
-    torch.testing.assert_close(max_py(logits).exp(), torch.tensor([0.75, 0.75, 1.0], dtype=torch.float64))
-
-
-def test_max_p_of_y_still_orders_predictions_that_float32_rounds_to_certainty():
-    confident = torch.tensor([[20.0, 0.0], [30.0, 0.0]])
-    assert confident.softmax(dim=1).max(dim=1).values.tolist() == [1.0, 1.0]
-    a, b = max_py(confident).tolist()
-    assert a < b < 0
-
-
-def test_approx_mass_is_minus_the_norm_of_the_gradient_of_log_p_in_closed_form(generator):
-    """f(x)[y] = -|x - m_y|^2 / 2: d log p / dx = sum_y p(y|x) (m_y - x)."""
-    means = torch.randn(3, 4, generator=generator, dtype=torch.float64)
-    x = torch.randn(6, 1, 2, 2, generator=generator, dtype=torch.float64)
-
-    def network(x):
-        return -(x.flatten(1)[:, None] - means).square().sum(dim=2) / 2
-
-    gradient = network(x).softmax(dim=1) @ means - x.flatten(1)
-    with torch.no_grad():
-        mass = approx_mass(network, x)
-    torch.testing.assert_close(mass, -gradient.norm(dim=1))
-    assert not x.requires_grad
-
-
-def test_interpolations_are_midpoints_with_the_image_before():
-    images = torch.tensor([0.0, 2.0, 6.0])[:, None, None, None]
-    assert interpolations(images).flatten().tolist() == [3.0, 1.0, 4.0]
-
-
-def test_uniform_noise_has_the_moments_of_a_uniform_on_minus_one_to_one(generator):
-    x = uniform_noise(torch.Size((100, 1, 10, 10)), generator)
-    assert abs(x.mean()) < 4 * math.sqrt(1 / 3 / x.numel())
-    assert abs((x**2).mean() - 1 / 3) < 4 * math.sqrt((1 / 5 - 1 / 9) / x.numel())
 
 
 class Alone(World):
@@ -191,6 +53,44 @@ def test_noise_on_evaluated_images_has_its_standard_deviation_and_every_set_its_
     assert abs(a.square().mean() - 0.25) < 4 * 0.25 * math.sqrt(2 / n)
     assert abs((a * b).mean()) < 4 * 0.25 / math.sqrt(n)
     assert abs((a[:BATCH] * a[BATCH:]).mean()) < 4 * 0.25 / math.sqrt(n / 2)
+
+
+def refine(x, generator):
+    return refinement(lambda x: x.flatten(1).sin(), x, generator)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_scores_that_draw_are_the_same_bits_however_many_ranks_compute_them(size, generator):
+    images = torch.randn(2 * BATCH + 30, 1, 4, 4, generator=generator)
+
+    def gathered(size):
+        ranks = (Alone(rank, size) for rank in range(size))
+        return sum(over_random_batches(refine, images, EvaluateConfig(), rank, LIKE, "test") for rank in ranks)
+
+    alone = gathered(1)
+    assert alone.shape == (len(images), 2)
+    assert torch.equal(gathered(size), alone)
+
+
+def test_every_batch_and_every_set_has_draws_of_its_own():
+    images = torch.zeros(2 * BATCH, 1)
+
+    def draws(key):
+        def function(x, generator):
+            return torch.randn(x.shape, generator=generator)[:, 0]
+
+        return over_random_batches(function, images, EvaluateConfig(), World(), LIKE, key)
+
+    a, b = draws("a"), draws("b")
+    assert torch.equal(a, draws("a"))
+    for x, y in ((a, b), (a[:BATCH], a[BATCH:])):
+        assert abs((x * y).mean()) < 4 / math.sqrt(len(x))
+
+
+def test_made_sets_are_the_same_at_every_call_and_differ_from_each_other(generator):
+    test = torch.rand(9, 1, 4, 4, generator=generator)
+    assert torch.equal(outliers("uniform", test), outliers("uniform", test))
+    assert not torch.equal(outliers("uniform", test), outliers("constant", test))
 
 
 def checkerboard(n, generator):

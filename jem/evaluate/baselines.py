@@ -1,0 +1,157 @@
+"""Post-hoc out-of-distribution scores of any classifier, by pytorch-ood: what a JEM has to beat.
+
+All rise with in-distribution, the opposite of pytorch-ood's. What they read, logits [n, C] or features [n, d] of
+the last linear layer, is computed by the caller, once for all of them; settings are the papers' and are not tuned.
+pytorch-ood is the optional dependency `ood` and is imported when a score is made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from jem.energy import Logits
+from jem.errors import ConfigError, DataError
+
+OfLogits = Callable[[Tensor], Tensor]
+OfFeatures = Callable[[Tensor], Tensor]
+"""Scores [n] of logits [n, C] or of features [n, d], as float64 on the CPU."""
+
+
+def detectors() -> Any:
+    """The module `pytorch_ood.detector`. Raises ConfigError, with the command that installs it, where it is missing."""
+    try:
+        from pytorch_ood import detector
+    except ImportError as error:
+        scores = "msp, energy, odin, mahalanobis, vim and knn"
+        raise ConfigError(f"the scores {scores} need pytorch-ood: pip install 'jem-orchestrator[ood]'") from error
+    return detector
+
+
+def msp(logits: Float[Tensor, "n c"]) -> Float[Tensor, " n"]:
+    """max_y p(y|x) (Hendrycks & Gimpel, 2017): the order of `scores.max_py`, but for ties where p rounds to 1."""
+    score: Tensor = -detectors().MaxSoftmax(None).predict_logits(_exact(logits))
+    return score
+
+
+def energy(logits: Float[Tensor, "n c"]) -> Float[Tensor, " n"]:
+    """-E(x) at temperature 1 (Liu et al., 2020): `scores.log_px` by another name."""
+    score: Tensor = -detectors().EnergyBased(None).predict_logits(_exact(logits))
+    return score
+
+
+def odin(network: Logits, x: Float[Tensor, "n c h w"]) -> Float[Tensor, " n"]:
+    """max_y p(y|x') at temperature 1000, x' a step from x towards its class (Liang et al., 2018).
+
+    x' = x - 0.0014 / 0.5 * sign(grad_x -log p(y*|x)): the paper's 0.0014 is on pixels in [0, 1], ours span 2.
+    """
+
+    def precise(images: Tensor) -> Tensor:
+        return network(images).double()  # at temperature 1000 all p are near 1 / C: float32 would round to ties
+
+    score: Tensor = -detectors().ODIN(precise, eps=0.0014, temperature=1000.0, norm_std=[0.5] * x.shape[1]).predict(x)
+    return score.detach().cpu()
+
+
+def mahalanobis(train: Float[Tensor, "n d"], labels: Int[Tensor, " n"]) -> OfFeatures:
+    """-1/2 the squared Mahalanobis distance to the nearest class mean of the training features (Lee et al., 2018).
+
+    One covariance for all classes; of the last layer alone, and without the paper's perturbation of the input.
+    The features are whitened in float64 first. That leaves the distance what it is, but for a scale and a ridge of
+    1e-6 of the mean variance, and pytorch-ood inverts in float32 what would else be all but singular.
+    Raises DataError if a class up to the highest label has no image.
+    """
+    missing = (torch.bincount(labels.cpu()) == 0).nonzero().flatten().tolist()
+    if missing:
+        raise DataError(f"mahalanobis: no training image of class {', '.join(map(str, missing))}; each class needs one")
+    z, y = _exact(train), labels.cpu()
+    whiten = _whitening(z, y)
+    detector = detectors().Mahalanobis(None).fit_features((z @ whiten).float(), y)
+
+    def score(features: Tensor) -> Tensor:
+        found: Tensor = detector.predict_features((_exact(features) @ whiten).float())
+        return -found.double()
+
+    return score
+
+
+def _whitening(z: Float[Tensor, "n d"], labels: Int[Tensor, " n"]) -> Float[Tensor, "d d"]:
+    """A matrix W such that the features z W scatter around their class means with a unit covariance, or less."""
+    n_classes = int(labels.max()) + 1
+    means = torch.zeros(n_classes, z.shape[1], dtype=z.dtype).index_add(0, labels, z)
+    means /= torch.bincount(labels, minlength=n_classes)[:, None]
+    centred = z - means[labels]
+    covariance = centred.T @ centred / len(z)
+    covariance.diagonal().add_(1e-6 * covariance.diagonal().mean() + 1e-12)
+    root = torch.linalg.cholesky(covariance)
+    whiten: Tensor = torch.linalg.solve_triangular(root, torch.eye(len(root), dtype=z.dtype), upper=False).T
+    return whiten
+
+
+def vim(train: Float[Tensor, "n d"], head: nn.Linear) -> OfFeatures:
+    """Logsumexp of the logits less the virtual logit: how far the features leave the training features' main subspace.
+
+    Wang et al. (2022). The subspace has d / 2 dimensions, `head` is the layer from features to logits.
+    """
+    weight = head.weight.detach().cpu()
+    bias = weight.new_zeros(len(weight)) if head.bias is None else head.bias.detach().cpu()
+    detector = detectors().ViM(None, d=train.shape[1] // 2, w=weight, b=bias)
+    detector.fit_features(_exact(train), torch.zeros(len(train), dtype=torch.int64))
+
+    def score(features: Tensor) -> Tensor:
+        found: Tensor = detector.predict_features(_exact(features))
+        return -found.double()
+
+    return score
+
+
+def knn(train: Float[Tensor, "n d"], k: int = 50) -> OfFeatures:
+    """-distance to the k-th nearest training feature, features scaled to length 1 (Sun et al., 2022; their CIFAR-10 k).
+
+    Raises DataError if there are fewer than k.
+    """
+    if len(train) < k:
+        raise DataError(f"knn: {len(train)} training images, k = {k} neighbours need as many")
+    detector = detectors().KNN(None, k=k)
+    detector.knn.set_params(n_jobs=1)
+    detector.fit_features(_exact(train), torch.zeros(len(train), dtype=torch.int64))
+
+    def score(features: Tensor) -> Tensor:
+        found: Tensor = detector.predict_features(_exact(features))
+        return -found.double()
+
+    return score
+
+
+def features(network: nn.Module) -> Callable[[Tensor], Tensor]:
+    """From images to the features [n, d] that `head(network)` makes into logits."""
+    layer = head(network)
+
+    def extract(x: Tensor) -> Tensor:
+        seen: list[tuple[Tensor, Tensor]] = []
+        hook = layer.register_forward_hook(lambda _, inputs, output: seen.append((inputs[0], output)))
+        try:
+            logits = network(x)
+        finally:
+            hook.remove()
+        if len(seen) != 1 or seen[0][0].ndim != 2 or not torch.equal(seen[0][1], logits):
+            raise ConfigError("the network's logits are not what its last linear layer makes of features [n, d]")
+        return seen[0][0]
+
+    return extract
+
+
+def head(network: nn.Module) -> nn.Linear:
+    """The network's last linear layer. Raises ConfigError if it has none."""
+    layers = [module for module in network.modules() if isinstance(module, nn.Linear)]
+    if not layers:
+        raise ConfigError("the scores mahalanobis, vim and knn need a network that ends in a linear layer")
+    return layers[-1]
+
+
+def _exact(values: Tensor) -> Tensor:
+    return values.detach().cpu().double()
