@@ -33,8 +33,15 @@ class Superseded(RuntimeError):  # noqa: N818 - it is no error of the run, anoth
 class Checkpoints:
     """All ranks call `begin`, `poll` and `finish` at the same points of their loops."""
 
-    def __init__(self, world: World, root: Location, config: CheckpointConfig, device: torch.device) -> None:
-        self.world, self.root, self.config = world, root, config
+    def __init__(
+        self,
+        world: World,
+        root: Location,
+        config: CheckpointConfig,
+        device: torch.device,
+        healthy_steps: int = 0,
+    ) -> None:
+        self.world, self.root, self.config, self.healthy_steps = world, root, config, healthy_steps
         self.writer = Writer(world, device)
         self.failures = 0  # in a row
         self.newest: Location | None = None
@@ -110,7 +117,7 @@ class Checkpoints:
         newest = int(self.newest.name) if self.newest else -1
         steps = self.steps()
         between = self.between(steps)
-        stay = kept(steps, newest, self.config, between)
+        stay = kept(steps, newest, self.config, between, self.healthy_steps)
         return sorted(stay - between or stay, reverse=True)
 
     def between(self, steps: Sequence[int]) -> set[int]:
@@ -127,7 +134,7 @@ class Checkpoints:
     def prune(self, newest: int) -> None:
         """Remove what need not stay. Those of later steps were found damaged, or the run would not be before them."""
         steps = self.steps()
-        stay = kept(steps, newest, self.config, self.between(steps))
+        stay = kept(steps, newest, self.config, self.between(steps), self.healthy_steps)
         with contextlib.suppress(OSError):  # the next checkpoint tries again
             for directory in checkpoint.committed(self.folder):
                 if int(directory.name) not in stay:
@@ -147,14 +154,23 @@ class Checkpoints:
         return saved
 
 
-def kept(steps: Sequence[int], newest: int, config: CheckpointConfig, between: Set[int] = frozenset()) -> set[int]:
+def kept(
+    steps: Sequence[int],
+    newest: int,
+    config: CheckpointConfig,
+    between: Set[int] = frozenset(),
+    healthy_steps: int = 0,
+) -> set[int]:
     """Which checkpoints stay: the newest few, and of every 4th, every 16th, ... the last two each.
 
-    Two, so that one of them is always at least a whole such stretch old. Those `between` the regular
-    steps (of a stop, of the end) take nobody's place, and stay while they are the newest.
+    Two, so that one of them is always at least a whole such stretch old. Those younger than `healthy_steps` do not
+    count as good yet: all of them stay, and the one before. Those `between` the regular steps (of a stop,
+    of the end) take nobody's place, and stay while they are the newest.
     """
     before = sorted((s for s in steps if s <= newest), reverse=True)
-    stay = set(before[:1]) | set([s for s in before if s not in between][: config.keep])
+    regular = [s for s in before if s not in between]
+    young = sum(s > newest - healthy_steps for s in regular)
+    stay = set(before[:1]) | set(regular[: max(config.keep, young + 1)])
     for level in range(1, config.spaced + 1):
         period = config.every * 4**level
         stay |= set([s for s in before if s % period == 0][:2])

@@ -56,7 +56,7 @@ class CheckpointConfig(Settings):
     """When checkpoints are written and which stay."""
 
     every: int = setting(500, ge=1, doc="steps between checkpoints; the first and the last step always have one")
-    keep: int = setting(3, ge=1, doc="newest checkpoints that stay")
+    keep: int = setting(3, ge=1, doc="newest checkpoints that stay; also those too young to count as good")
     spaced: int = setting(
         2, ge=0, doc="older ones stay too, for walking back: two each of every 4th, of every 16th, ... so often"
     )

@@ -40,7 +40,7 @@ def setup(job: Job, world: World, device: torch.device, report: Report) -> Train
     config = job.config
     data = together(world, lambda: load(config.data))
     same_everywhere(world, job.root, data.digest)
-    checkpoints = Checkpoints(world, job.root, config.checkpoint, device)
+    checkpoints = Checkpoints(world, job.root, config.checkpoint, device, config.recovery.healthy_steps)
     checkpoints.claim()
     recovery = on_rank_0(world, lambda: read_recovery(job.root, config))
     manifest, faults = on_rank_0(world, lambda: find(job.root, config, recovery))

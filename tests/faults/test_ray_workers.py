@@ -9,6 +9,7 @@ import pytest
 from ray_faults import (
     TINY,
     Command,
+    Tracked,
     attempts,
     bring,
     log_of,
@@ -59,7 +60,7 @@ def test_after_kill_9_of_rank_1_the_run_is_back_within_a_minute_and_ends_with_th
     run = folder / "runs" / "killed"
     command = start("killed")
     command.wait_until(lambda: [e for e in log_of(run, "checkpoint") if e["step"] >= 10])
-    time.sleep(random.uniform(0, 3))  # at any step
+    time.sleep(random.Random(0).uniform(0, 3))  # at any step
     committed = log_of(run, "checkpoint")[-1]["step"]
     at = time.time()
     rank_1(command, run).kill()
@@ -108,3 +109,22 @@ def test_a_stopped_worker_is_found_and_replaced_and_nothing_of_it_stays(folder, 
     assert attempts(run)[1][0] >= 10
     assert workers == 1 or state_at(run, STEPS) == undisturbed
     assert tracked_once(folder, ended.result, STEPS) == (True, "FINISHED")
+
+
+def test_a_run_that_diverges_by_itself_goes_back_and_on_without_a_restart_of_ray(folder):
+    """The recipe's settings are what makes it diverge; docs/results/divergence_recovered.json has ten seeds."""
+    ended = train(folder, "digits_unstable", "name=unstable", "seed=5")
+    assert ended.code == 0, ended.err
+    run = folder / "runs" / "unstable"
+    rollbacks = log_of(run, "rollback")
+    assert rollbacks
+    assert attempts(run) == [(0, 2)], "the workers were never started again"
+    assert ended.result["metrics"]["val/accuracy"] >= 0.97
+    tracked = Tracked(folder / "runs" / "mlflow.db", ended.result["run_id"])
+    assert tracked.tags["recoveries"].startswith(
+        f"1: step {rollbacks[0]['from_step']} to {rollbacks[0]['step']}, seed ("
+    )
+    assert tracked.tags["rewritten"].split(",")[0].startswith(f"{rollbacks[0]['step'] + 1}-")
+    places = [(key, step) for key, step, _ in tracked.points]
+    assert len(places) == len(set(places)), "a step that was run again was sent again"
+    assert {step for key, step in places if key == "train/loss"} == set(range(50, 1201, 50))

@@ -208,10 +208,11 @@ def test_a_run_whose_data_are_missing_ends_at_once_with_the_reason(folder, start
 
 
 def test_a_diverged_run_ends_with_exit_code_4_and_its_last_good_checkpoint(folder, start):
-    ended = start("name=diverged", "steps=40", "model.options.nan_after=12", "recovery.max_skipped=5").end()
+    give_up = ("recovery.max=0", "recovery.every=5", "recovery.healthy_steps=5")
+    ended = start("name=diverged", "steps=40", "model.options.nan_after=12", *give_up).end()
     assert ended.code == 4, ended.err
     assert (ended.result["status"], ended.result["step"]) == ("diverged", 10)
     assert ended.result["checkpoint"] == f"{folder}/runs/diverged/checkpoints/10"
-    assert "step 20: not one of the last 5 updates was finite" in ended.result["message"]
+    assert "step 15: 3 of 5 updates were not finite" in ended.result["message"]
     assert "Traceback" not in ended.err
     assert Path(ended.result["checkpoint"], "manifest.json").exists()

@@ -76,6 +76,17 @@ def test_the_defaults_keep_what_the_readme_of_a_long_run_would_say():
     assert sorted(there) == [8000, 16_000, 18_000, 18_500, 19_000, 19_500]
 
 
+@given(configs, st.integers(0, 80), st.integers(0, 1000))
+def test_there_is_always_a_newest_good_one_as_if_none_had_been_removed(config, number, healthy_steps):
+    """Whatever is kept, a rollback goes to where it would go if all checkpoints were there."""
+    there: set[int] = set()
+    for step in range(0, number * config.every + 1, config.every):
+        there = kept([*there, step], step, config, healthy_steps=healthy_steps)
+        for diverged_at in (step, step + config.every - 1):
+            good = [s for s in range(0, step + 1, config.every) if s == 0 or s + healthy_steps <= diverged_at]
+            assert max(good) in there
+
+
 def test_a_stop_does_not_change_where_a_rollback_may_go(root):
     straight, stopped = group(root / "straight", every=4), group(root / "stopped", every=4)
     made(root / "straight", 0, 4, 8, 12)

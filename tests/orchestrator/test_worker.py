@@ -57,7 +57,7 @@ def test_checkpoints_are_written_on_time_and_the_newest_stay(tmp_path):
     reported = []
     outcome = fit(
         tmp_path,
-        *("steps=14", "checkpoint.every=4", "checkpoint.keep=2", "checkpoint.spaced=0"),
+        *("steps=14", "checkpoint.every=4", "checkpoint.keep=2", "checkpoint.spaced=0", "recovery.healthy_steps=0"),
         report=lambda _, uri: reported.append(uri),
     )
     assert reported == [f"{tmp_path}/checkpoints/{step}" for step in (0, 4, 8, 12, 14)]
@@ -443,7 +443,8 @@ def test_a_damaged_newer_checkpoint_does_not_push_out_the_good_one_just_written(
     fit(tmp_path, "checkpoint.keep=1", "steps=8")
     fit(tmp_path, "checkpoint.keep=2", "steps=12")
     (tmp_path / "checkpoints" / "12" / "model.safetensors").write_bytes(b"")
-    outcome = fit(tmp_path, "checkpoint.keep=1", "checkpoint.spaced=0", "steps=10", attempt=3)
+    few = ("checkpoint.keep=1", "checkpoint.spaced=0", "recovery.healthy_steps=0")
+    outcome = fit(tmp_path, *few, "steps=10", attempt=3)
     assert outcome["step"] == 10
     manifest, faults = good_one(tmp_path)
     assert (manifest.step, faults) == (10, [])
