@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import tempfile
 import time
 from pathlib import Path
 
 import torch
+from common import machine
 
 from jem.config import JEMConfig
 from jem.files import Location
@@ -50,8 +49,7 @@ def main() -> None:
         size = sum(path.stat().st_size for path in (root / 0).local.iterdir())
     result = {
         "command": "python benchmarks/checkpoint.py",
-        "hardware": torch.cuda.get_device_name() if device.type == "cuda" else f"{os.cpu_count()} cores",
-        "machine": platform.machine(),
+        "hardware": torch.cuda.get_device_name() if device.type == "cuda" else machine(),
         "torch": torch.__version__,
         "megabytes": round(size / 1e6, 1),
         "loop_waits_ms": round(1000 * statistics.median(waits), 1),

@@ -12,13 +12,13 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import platform
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from common import machine, seeds_of
 
 from jem.config import EvaluateConfig
 from jem.data.batches import BatchSource
@@ -94,18 +94,6 @@ def rounded(figures: dict[str, float]) -> dict[str, float | str]:
     return {k: float(f"{v:.6g}") if math.isfinite(v) else str(v) for k, v in figures.items()}
 
 
-def hardware() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "")
-    return f"1 thread of {cpu or platform.machine()}; torch {torch.__version__}, Python {platform.python_version()}"
-
-
-def seeds_of(text: str) -> range:
-    first, _, last = text.partition("-")
-    return range(int(first), int(last or first) + 1)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe")
@@ -125,7 +113,7 @@ def main() -> None:
         sys.stdout.write(f"{told}\n")
         summary = {
             "command": "python " + " ".join(sys.argv),
-            "hardware": hardware(),
+            "hardware": f"1 thread; {machine()}, torch {torch.__version__}",
             "diverged": f"{sum(r['diverged'] is not None for r in runs)} of {len(runs)}",
             "noticed": sum(r["diverged"] is not None and r["sick at"] is not None for r in runs),
             "false alarms": sum(r["diverged"] is None and r["sick at"] is not None for r in runs),

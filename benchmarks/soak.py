@@ -9,8 +9,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
-import platform
 import random
 import shutil
 import subprocess
@@ -21,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from common import machine
 
 ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = ("steps=400", "checkpoint.every=50", "tracking.every=25", "evaluate.every=200", "tracking.images_every=400")
@@ -136,7 +135,7 @@ def main() -> int:
         "command": "make soak",
         "settings": ["digits", *SETTINGS],
         "seed": arguments.seed,
-        "hardware": f"{os.cpu_count()} cores, {platform.processor() or platform.machine()}",
+        "hardware": machine(),
         "same_final_hash": f"{same} of {len(kills)}",
         "hash": expected,
         "kills": kills,

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+from common import machine, seeds_of
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -53,15 +53,14 @@ def main() -> int:
     parser.add_argument("--seeds", default="0-9", help="such as 0-9 or 3")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_intermixed_args()
-    first, _, last = arguments.seeds.partition("-")
     folder = Path(tempfile.mkdtemp(prefix="unattended-"))
     runs = []
-    for seed in range(int(first), int(last or first) + 1):
+    for seed in seeds_of(arguments.seeds):
         runs.append(unattended(folder, arguments.recipe, arguments.settings, seed))
         print(json.dumps(runs[-1]), flush=True)
     result = {
         "command": "python benchmarks/unattended.py " + " ".join(sys.argv[1:]),
-        "hardware": f"{os.cpu_count()} cores, {platform.processor() or platform.machine()}",
+        "hardware": machine(),
         "finished": f"{sum(run['status'] == 'finished' for run in runs)} of {len(runs)}",
         "runs": runs,
     }

@@ -102,6 +102,12 @@ def committed(root: Location) -> list[Location]:
     return sorted(found, key=lambda d: int(d.name), reverse=True)
 
 
+def discard(directory: Location) -> None:
+    """Remove a checkpoint; a death in the middle of it leaves no half of one that counts."""
+    (directory / MANIFEST).remove()
+    directory.remove()
+
+
 def newest_good(
     directories: Iterable[Location], check: Callable[[Manifest], None] = lambda _: None
 ) -> tuple[Manifest | None, list[str]]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -27,6 +28,8 @@ from jem.files import Location
 from jem.optim import optimizer_tensors
 from jem.train import TrainState
 from jem.world import World
+
+log = logging.getLogger(__name__)
 
 LOOK_EVERY_S = 0.05
 """How often rank 0 looks for the records of the others."""
@@ -49,7 +52,9 @@ class Writer:
         self._thread: threading.Thread | None = None
         self._give_up = threading.Event()
         self._done = False
+        self._committed = False  # on rank 0: from here on it is a checkpoint, whatever fails
         self._error: BaseException | None = None
+        self._files = 0  # written so far, over all checkpoints
         self._held: dict[str, dict[str, Tensor]] = {}
 
     def begin(
@@ -60,13 +65,14 @@ class Writer:
         sums: Mapping[str, Tensor],
         best: Mapping[str, Tensor] | None = None,
         events: bytes = b"",
-        before_commit: Callable[[], None] = lambda: None,
+        before_write: Callable[[], None] = lambda: None,
         after_commit: Callable[[], None] = lambda: None,
     ) -> None:
         """Copy the state and write it in the background; `poll` or `finish` tell what came of it.
 
-        `sums` are tensors of this rank that add up over ranks; `restore` gives them back. The two functions
-        are called on rank 0, in the thread: the first may raise to keep the checkpoint from being committed.
+        `sums` are tensors of this rank that add up over ranks; `restore` gives them back. Both functions are
+        called in the thread: the first on every rank before each file, the manifest included, which it keeps
+        from being written by raising; the second on rank 0.
         Raises DivergedError, before anything is written, if weights or chains are not finite on any rank.
         """
         assert self.pending is None, "one checkpoint at a time"
@@ -74,7 +80,7 @@ class Writer:
         if self.world.any(fault is not None, self.device):
             raise DivergedError(f"{fault or 'what another rank holds'} is not finite")
         self._give_up.clear()
-        self._done, self._error = False, None
+        self._done, self._committed, self._error = False, False, None
         try:
             if self.world.rank == 0:
                 (directory / MANIFEST).remove()  # what is there is about to be replaced: it is no checkpoint any more
@@ -94,7 +100,7 @@ class Writer:
             "device": state.generator.device.type,
             "info": json.loads(to_json(info)),  # as it is now: the caller's goes on changing
         }
-        arguments = (directory, parts, events, manifest, before_commit, after_commit)
+        arguments = (directory, parts, events, manifest, before_write, after_commit)
         self._thread = threading.Thread(target=self._write, args=arguments, daemon=True, name="checkpoint")
         self._thread.start()
 
@@ -111,7 +117,7 @@ class Writer:
         if self._thread is not None:
             self._thread.join()
         saved, self.pending, self._thread = self.pending, None, None
-        if not failed:
+        if self.world.any(self._committed, self.device):
             return saved
         reason = self._reason(error)  # or it is raised; what lies there may then be another writer's
         if self.world.rank == 0:
@@ -119,12 +125,16 @@ class Writer:
                 saved.directory.remove()
         return saved._replace(fault=reason)
 
-    def finish(self) -> Saved | None:
-        """Wait for the checkpoint under way, if there is one."""
+    def finish(self, alive: Callable[[], None] = lambda: None) -> Saved | None:
+        """Wait for the checkpoint under way, if there is one; `alive` is called for each file that was written."""
+        seen = self._files
         while self.pending is not None:
             saved = self.poll()
             if saved is not None:
                 return saved
+            if self._files > seen:
+                seen = self._files
+                alive()
             time.sleep(LOOK_EVERY_S)
         return None
 
@@ -155,27 +165,33 @@ class Writer:
         parts: dict[str, dict[str, Tensor]],
         events: bytes,
         manifest: dict[str, Any],
-        before_commit: Callable[[], None],
+        before_write: Callable[[], None],
         after_commit: Callable[[], None],
     ) -> None:
         """The thread: no collectives, which belong to the training loop."""
         try:
             written = {}
             for name, tensors in parts.items():
+                before_write()
                 written[name] = _write_part(directory / name, bytes(pack_tensors(tensors)))
+                self._files += 1
             if self.world.rank == 0:
+                before_write()
                 written["events.jsonl"] = _write_part(directory / "events.jsonl", events)
             (directory / part_record(self.world.rank, self.world.size)).write(to_json(written))
             if self.world.rank == 0:
                 manifest["files"] = self._records(directory)
-                before_commit()
+                before_write()
                 (directory / MANIFEST).write(sealed(manifest))
+                self._committed = True
                 for rank in range(self.world.size):
                     (directory / part_record(rank, self.world.size)).remove()
                 after_commit()
             self._done = True
-        except BaseException as error:  # told by poll
+        except BaseException as error:  # told by poll, where it matters
             self._error = error
+            if self._committed:
+                log.warning("%s is written, and then: %s", directory.uri, error)
 
     def _records(self, directory: Location) -> dict[str, Any]:
         """What all ranks have written, once they have."""

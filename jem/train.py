@@ -113,6 +113,8 @@ def train(
     DistributedDataParallel where there are several workers.
     """
     while state.step < steps:
+        # what a network of the user's own draws (dropout) is a function of the step, too: there is nothing to save
+        torch.manual_seed(derive_seed(config.seed, "network", world.rank, state.step))
         yield train_step(state, batch_at(state.step), config, world, wrapped)
 
 

@@ -2,7 +2,7 @@
 
 The same command continues a run that was stopped and reads out one that is finished. The last line on
 stdout is one JSON object. Exit codes: 0 done, 1 failed, 2 bad configuration or data, 3 no good checkpoint,
-4 diverged beyond recovery, 143 stopped with a checkpoint.
+4 diverged beyond recovery, 143 stopped.
 """
 
 import sys

@@ -15,6 +15,8 @@ from jem.world import World
 
 T = TypeVar("T")
 
+REMEDY = "make room or make it writable, then give the same command again"
+
 
 def together(world: World, function: Callable[[], T]) -> T:
     """Call `function`; if it raises a JEMError on any rank, raise that on every rank."""
@@ -49,11 +51,17 @@ def same_everywhere(world: World, root: Location, digest: str) -> None:
     """DataError on every rank unless all ranks see the same folder for the run and hold the same data."""
     if world.size == 1:
         return
-    token = from_rank_0(world, uuid.uuid4().hex)
     path = root / "same-folder"
-    if world.rank == 0:
-        path.write(token.encode())
-    world.barrier()
+
+    def leave_token() -> str:
+        token = uuid.uuid4().hex
+        try:
+            path.write(token.encode())
+        except OSError as error:
+            raise JEMError(f"{root.uri}: cannot be written ({error}); {REMEDY}") from error
+        return token
+
+    token = on_rank_0(world, leave_token)
     seen = path.exists() and path.read().decode() == token
     told: list[tuple[str, bool, str]] = [("", False, "")] * world.size
     dist.all_gather_object(told, (socket.gethostname(), seen, digest))

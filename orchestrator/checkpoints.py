@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import socket
+import traceback
 import uuid
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any
 
 import torch
@@ -18,12 +20,13 @@ from jem.files import Location
 from jem.saving import Saved, Writer
 from jem.train import TrainState
 from jem.world import World
-from orchestrator.agreement import on_rank_0
+from orchestrator.agreement import REMEDY, on_rank_0
 from orchestrator.config import CheckpointConfig, RunConfig
 from orchestrator.recovery import Recovery
 
 OWNER = "owner"
-REMEDY = "make room or make it writable, then give the same command again"
+FAILURE = "failure.txt"
+"""In the run's folder: the last exception that ended a worker, and where it came from."""
 
 
 class Superseded(RuntimeError):  # noqa: N818 - it is no error of the run, another process has taken it over
@@ -45,31 +48,61 @@ class Checkpoints:
         self.writer = Writer(world, device)
         self.failures = 0  # in a row
         self.newest: Location | None = None
-        self.token = uuid.uuid4().hex
+        self.attempt, self.token = 1, ""
+        self.starts = 0  # of groups of workers in this attempt since the last checkpoint
         self.regular: dict[int, bool] = {}  # by step, as far as known
 
     @property
     def folder(self) -> Location:
         return self.root / "checkpoints"
 
-    def claim(self) -> None:
-        """From now on this group of workers, and no earlier one, commits checkpoints of the run.
+    def claim(self, attempt: int = 1, max_failures: int = 3) -> None:
+        """From now on this group of workers, and no earlier one, writes checkpoints of the run.
 
-        Raises JEMError on every rank if the run's folder cannot be written.
+        Raises JEMError on every rank if a later driver has the run, if the workers have died `max_failures`
+        times since the last checkpoint, or if the run's folder cannot be written.
         """
 
-        def write() -> None:
-            try:
-                (self.root / OWNER).write(self.token.encode())
-            except OSError as error:
-                raise JEMError(f"{self.root.uri}: cannot be written ({error}); {REMEDY}") from error
+        def take() -> str:
+            owner = self._owner()
+            if owner.get("attempt", 0) > attempt:
+                raise JEMError(f"{self.root.uri}: another driver has taken this run over (attempt {owner['attempt']})")
+            self.starts = 1 + (owner.get("starts", 0) if owner.get("attempt") == attempt else 0)
+            if self.starts > max_failures + 1:
+                raise JEMError(
+                    f"{self.root.uri}: the workers died {max_failures + 1} times without a new checkpoint; "
+                    f"{_last_failure(self.root)}. recovery.max_failures={max_failures} allows no more"
+                )
+            self._write_owner(attempt, token)
+            return token
 
-        on_rank_0(self.world, write)
+        token = uuid.uuid4().hex
+        self.attempt, self.token = attempt, on_rank_0(self.world, take)
 
     def check_claim(self) -> None:
         """Raises Superseded if another group has claimed the run: a stopped process may come back to life."""
-        if self.world.rank == 0 and (self.root / OWNER).read() != self.token.encode():
+        if self._owner().get("token") != self.token:
             raise Superseded(f"{self.root.uri}: another group of workers has taken this run over")
+
+    def _owner(self) -> dict[str, Any]:
+        try:
+            return dict(json.loads((self.root / OWNER).read()))
+        except (FileNotFoundError, ValueError, TypeError):
+            return {}
+
+    def _write_owner(self, attempt: int, token: str) -> None:
+        content = {"attempt": attempt, "token": token, "starts": self.starts}
+        try:
+            (self.root / OWNER).write(json.dumps(content).encode())
+        except OSError as error:
+            raise JEMError(f"{self.root.uri}: cannot be written ({error}); {REMEDY}") from error
+
+    def _committed(self, step: int) -> None:
+        """In the writer's thread, on rank 0: there is a new checkpoint."""
+        self.prune(step)
+        if self.starts:  # workers that die from here on have something to show
+            self.starts = 0
+            self._write_owner(self.attempt, self.token)
 
     def begin(
         self,
@@ -86,15 +119,15 @@ class Checkpoints:
         self.regular[step] = bool(info.get("regular", True))
         directory = self.folder / step
         arguments = (directory, state, info, sums, best, events)
-        self.writer.begin(*arguments, before_commit=self.check_claim, after_commit=lambda: self.prune(step))
+        self.writer.begin(*arguments, before_write=self.check_claim, after_commit=lambda: self._committed(step))
 
     def poll(self) -> Saved | None:
         """What came of the checkpoint under way, once that is known."""
         return self._count(self.writer.poll())
 
-    def finish(self) -> Saved | None:
-        """Wait for the checkpoint under way, if there is one."""
-        return self._count(self.writer.finish())
+    def finish(self, alive: Callable[[], None] = lambda: None) -> Saved | None:
+        """Wait for the checkpoint under way, if there is one; `alive` is called while it gets on."""
+        return self._count(self.writer.finish(alive))
 
     def give_up_if_hopeless(self) -> None:
         """Raises JEMError when as many checkpoints in a row could not be written as are allowed."""
@@ -133,18 +166,18 @@ class Checkpoints:
 
     def prune(self, newest: int) -> None:
         """Remove what need not stay. Those of later steps were found damaged, or the run would not be before them."""
-        steps = self.steps()
-        stay = kept(steps, newest, self.config, self.between(steps), self.healthy_steps)
         with contextlib.suppress(OSError):  # the next checkpoint tries again
+            steps = self.steps()
+            stay = kept(steps, newest, self.config, self.between(steps), self.healthy_steps)
             for directory in checkpoint.committed(self.folder):
                 if int(directory.name) not in stay:
-                    directory.remove()
+                    checkpoint.discard(directory)
 
     def remove_after(self, step: int) -> None:
         """A stretch that is given up leaves no checkpoints."""
         for directory in checkpoint.committed(self.folder):
             if int(directory.name) > step:
-                directory.remove()
+                checkpoint.discard(directory)
 
     def _count(self, saved: Saved | None) -> Saved | None:
         if saved is not None:
@@ -169,7 +202,7 @@ def kept(
     """
     before = sorted((s for s in steps if s <= newest), reverse=True)
     regular = [s for s in before if s not in between]
-    young = sum(s > newest - healthy_steps for s in regular)
+    young = sum(s > regular[0] - healthy_steps for s in regular)
     stay = set(before[:1]) | set(regular[: max(config.keep, young + 1)])
     for level in range(1, config.spaced + 1):
         period = config.every * 4**level
@@ -185,10 +218,14 @@ def find(root: Location, config: RunConfig, recovery: Recovery) -> tuple[Manifes
     folder = root / "checkpoints"
     directories = checkpoint.committed(folder)
     for directory in directories:
-        if recovery.abandoned(int(directory.name), _rollbacks_made(directory)):
-            directory.remove()  # a rollback was written down and then interrupted
+        made = _rollbacks_made(directory)
+        if made is not None and recovery.abandoned(int(directory.name), made):
+            checkpoint.discard(directory)  # a rollback was written down and then interrupted
     directories = checkpoint.committed(folder)
     manifest, faults = checkpoint.newest_good(directories, lambda found: _check_science(found, config))
+    newest = manifest.step if manifest else 0
+    unfinished = [d for d in folder.children() if d.name.isdecimal() and d not in directories and int(d.name) > newest]
+    faults = [f"{d.uri}: has no manifest, its writing was interrupted" for d in unfinished] + faults
     if manifest is None and faults:
         listed = "\n".join(f"  {fault}" for fault in faults)
         remedy = "restore one of them from a backup, or start anew with --fresh"
@@ -205,6 +242,21 @@ def find_for_rollback(folder: Location, steps: Sequence[int], to: int) -> Manife
     return manifest
 
 
+def write_failure(root: Location, world: World) -> None:
+    """Keep the exception at hand: Ray replaces the workers, and what they said is in some log of some node."""
+    text = f"rank {world.rank} of {world.size} on {socket.gethostname()}\n{traceback.format_exc()}"
+    with contextlib.suppress(OSError):
+        (root / FAILURE).write(text.encode())
+
+
+def _last_failure(root: Location) -> str:
+    try:
+        last = (root / FAILURE).read().decode().strip().splitlines()[-1]
+        return f"the last time with {last} ({(root / FAILURE).uri})"
+    except (OSError, IndexError):
+        return "the last time without a word, as a process that is killed (out of memory?)"
+
+
 def _check_science(manifest: Manifest, config: RunConfig) -> None:
     """A checkpoint of other settings was copied here from another run."""
     theirs, ours = manifest.info["config"], json.loads(json.dumps(config.science))
@@ -214,11 +266,12 @@ def _check_science(manifest: Manifest, config: RunConfig) -> None:
             raise CheckpointError(f"{manifest.directory.uri}: {message}")
 
 
-def _rollbacks_made(directory: Location) -> int:
+def _rollbacks_made(directory: Location) -> int | None:
+    """None if its manifest cannot be read, which is said when it would be used."""
     try:
         return int(checkpoint.read_manifest(directory).info.get("rollbacks", 0))
     except CheckpointError:
-        return 0  # it is damaged, which is said when it would be used
+        return None
 
 
 def _collect_orphans(folder: Location, committed: set[str]) -> None:

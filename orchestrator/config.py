@@ -45,7 +45,7 @@ longer chains, an L2 penalty on energies (Du & Mordatch, 2019), proximal steps (
 
 REMEDIES = (
     *("optimizer.learning_rate", "optimizer.clip_norm", "sgld.steps", "sgld.step_size", "sgld.noise_scale"),
-    *("sgld.clamp", "sgld.gradient_clamp", "replay.reinit_prob", "objective.energy_l2"),
+    *("sgld.clamp", "sgld.gradient_clamp", "objective.energy_l2"),
     *("objective.p_y_given_x_weight", "objective.p_x_weight", "objective.p_x_y_weight"),
 )
 """Settings that a remedy may change in the middle of a run."""
@@ -67,7 +67,9 @@ class CheckpointConfig(Settings):
 class RecoveryConfig(Settings):
     """What happens when a worker dies or hangs, and when training diverges."""
 
-    max_failures: int = setting(3, ge=0, doc="how often dead workers are replaced before the run counts as failed")
+    max_failures: int = setting(
+        3, ge=0, doc="how often dead workers are replaced without a new checkpoint before the run counts as failed"
+    )
     hang_timeout: float = setting(300.0, gt=0, doc="seconds without a step after which a worker is restarted")
     every: int = setting(25, ge=1, doc="steps between looks at whether training is healthy")
     healthy_steps: int = setting(
@@ -82,7 +84,7 @@ class RecoveryConfig(Settings):
     def conflicts(self) -> Iterator[tuple[str, str]]:
         for remedy in self.ladder:
             for change in remedy.split():
-                problem = _remedy_problem(change)
+                problem = _malformed(change)
                 if problem:
                     yield "ladder", f"has {change!r}, {problem}"
 
@@ -132,6 +134,9 @@ class RunConfig(JEMConfig):
                 f"is {self.replay.capacity}, must be at least {self.batch_size + self.max_workers} so that "
                 f"each of {self.workers} workers holds the chains it draws",
             )
+        unfit = _unfit(self)
+        if unfit is not None:
+            yield "recovery.ladder", unfit
         if self.evaluate.ema and not self.optimizer.ema_decay:
             yield "evaluate.ema", "is true, but no weights are averaged; set optimizer.ema_decay, to 0.999 say"
         if self.name is not None and (not self.name or set(self.name) & set("/\\ ") or self.name.startswith(".")):
@@ -328,28 +333,49 @@ def check_folder(config: RunConfig) -> None:
 
 
 def remedied(config: C, change: str) -> C:
-    """The configuration with one change of a ladder made, such as `sgld.steps*2`; `seed` changes none."""
+    """The configuration with one change of a ladder made, such as `sgld.steps*2`; `seed` changes none.
+
+    Raises ConfigError if what comes out cannot be.
+    """
     key, _, factor = change.partition("*")
     if factor:
-        value = flatten(config)[key] * float(factor)
+        value = flatten(config)[key]
+        if value is None:
+            raise ConfigError([Problem(key, f"is none, which cannot be multiplied; use {key}=VALUE")])
+        value *= float(factor)
         return override(config, {key: max(1, round(value)) if key == "sgld.steps" else value})
     key, equals, text = change.partition("=")
     return override(config, {key: Entry(yaml.safe_load(text), raw=text)}) if equals else config
 
 
-def _remedy_problem(change: str) -> str | None:
-    """What is wrong with a change of a ladder, if anything."""
+def _malformed(change: str) -> str | None:
+    """What is wrong with how a change of a ladder is written, if anything."""
     if change == "seed":
         return None
-    key = change.replace("*", "=").partition("=")[0]
+    key, _, value = change.replace("*", "=").partition("=")
     if key not in REMEDIES:
         close = difflib.get_close_matches(key, REMEDIES, 1)
         hint = f"; did you mean {close[0]}?" if close else f"; such as {LADDER[1]}. KEY can be {', '.join(REMEDIES)}"
         return f"must be seed, KEY*FACTOR or KEY=VALUE{hint}"
     try:
-        remedied(JEMConfig(seed=0), change)
-    except (ConfigError, ValueError, TypeError, yaml.YAMLError) as error:
-        return f"which cannot be: {error}"
+        float(value) if "*" in change else yaml.safe_load(value)
+    except (ValueError, yaml.YAMLError):
+        return f"where {value!r} is no {'number' if '*' in change else 'value'}"
+    return None
+
+
+def _unfit(config: RunConfig) -> str | None:
+    """The first rung of the ladder that makes of this run's settings what cannot be."""
+    try:
+        changed = build(JEMConfig, {key: Entry(value) for key, value in config.science.items()})
+    except ConfigError:
+        return None  # which is said anyway
+    for remedy in config.recovery.ladder:
+        for change in remedy.split():
+            try:
+                changed = remedied(changed, change)
+            except ConfigError as error:
+                return f"has {change!r}, after which {error}"
     return None
 
 

@@ -40,6 +40,8 @@ RESIZE_EVERY_S = 15.0
 ELASTIC_START_TIMEOUT_S = "20"
 """A node that is lost is counted for some seconds more: the workers meant for it are not waited for any longer."""
 
+ENDLESS = 1000
+
 START_FAILURES = {"fixed": 3, "elastic": 30}
 """How often workers may fail to start, over the whole run: elastic ones do each time that a node is lost."""
 
@@ -116,7 +118,8 @@ def train_on_ray(
             storage_path=(root / "ray").path,
             storage_filesystem=root.fs,
             failure_config=FailureConfig(
-                max_failures=config.recovery.max_failures,
+                # the workers count for themselves, from one checkpoint to the next (checkpoints.py)
+                max_failures=ENDLESS if config.recovery.max_failures else 0,
                 controller_failure_limit=START_FAILURES["elastic" if elastic(config) else "fixed"],
             ),
         ),

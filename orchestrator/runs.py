@@ -187,6 +187,8 @@ def _remote_lock(root: Location) -> Iterator[None]:
     def beat() -> None:
         while not stop.wait(HEARTBEAT_S):
             with suppress(OSError):  # the store is away for a moment: the next beat may reach it
+                if not _is_mine(path.read()):
+                    return  # it was taken over: nobody heard of us for too long
                 path.write(_identity().encode())
 
     thread = threading.Thread(target=beat, daemon=True, name="run lock")
@@ -202,9 +204,16 @@ def _remote_lock(root: Location) -> Iterator[None]:
 
 def _ours(path: Location) -> bool:
     try:
-        holder, me = json.loads(path.read()), json.loads(_identity())
+        return _is_mine(path.read())
+    except OSError:
+        return False
+
+
+def _is_mine(text: bytes) -> bool:
+    try:
+        holder, me = json.loads(text), json.loads(_identity())
         return all(holder[key] == me[key] for key in ("host", "pid", "start"))
-    except (OSError, ValueError, KeyError):
+    except (ValueError, KeyError):
         return False
 
 

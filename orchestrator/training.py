@@ -30,7 +30,8 @@ from jem.saving import Saved
 from jem.settings import flatten
 from jem.train import StepInfo, TrainState, dtype_of, frozen_logits, train
 from jem.world import World
-from orchestrator.agreement import on_rank_0
+from orchestrator import events
+from orchestrator.agreement import on_rank_0, together
 from orchestrator.checkpoints import Checkpoints, find_for_rollback
 from orchestrator.config import RunConfig, shareable
 from orchestrator.control import Control
@@ -104,6 +105,7 @@ class Training:
 
     def train(self) -> dict[str, Any]:
         config, state = self.config, self.state
+        self.tell_of_rollbacks()
         self.event("attempt", attempt=self.job.attempt, step=state.step, workers=self.world.size, why=self.began)
         self.event("tags", tags=self.tags)
         wrapped = data_parallel(state.network, self.batches.at(state.step).images, self.world)
@@ -156,9 +158,9 @@ class Training:
     def stop(self) -> dict[str, Any]:
         """A checkpoint of this step, if it has none yet, and the outcome."""
         step = self.state.step
-        self.settle(self.checkpoints.finish())  # it may be of this very step
+        self.settle(self.checkpoints.finish(self.watchdog.touch))  # it may be of this very step
         fault = None if self.saved and self.saved.name == str(step) else self.save()
-        self.settle(self.checkpoints.finish())
+        self.settle(self.checkpoints.finish(self.watchdog.touch))
         if self.saved is None or self.saved.name != str(step):
             kept = self.saved.uri if self.saved else "there is none"
             reason = fault or "it cannot be written, see the log"
@@ -167,9 +169,18 @@ class Training:
 
     def given_up(self, error: DivergedError) -> dict[str, Any]:
         """Nothing is left to try: the outcome is the newest checkpoint from before the divergence."""
-        good = on_rank_0(self.world, lambda: self.recovery.good(self.state.step, self.checkpoints.staying()))
-        self.saved = self.checkpoints.folder / good[0] if good else None
-        return self.outcome(error.status, str(error)) | {"step": good[0] if good else 0, "exit_code": error.exit_code}
+
+        def newest_good() -> Manifest | None:
+            good = self.recovery.good(self.state.step, self.checkpoints.staying())
+            return checkpoint.newest_good(self.checkpoints.folder / step for step in good)[0]
+
+        manifest = on_rank_0(self.world, newest_good)
+        outcome = {"status": error.status, "exit_code": error.exit_code, "message": str(error), "step": 0}
+        if manifest is None:
+            return outcome
+        info = manifest.info
+        told = {"checkpoint": manifest.directory.uri, "metrics": info["metrics"], "weights": info["final"]}
+        return outcome | told | {"step": manifest.step}
 
     def restore(self, manifest: Manifest) -> None:
         """Go on from a checkpoint; after a rollback that it does not know of, with another chain seed."""
@@ -193,7 +204,9 @@ class Training:
         Raises DivergedError if there is nothing left to try.
         """
         diverged_at = self.state.step
-        self.settle(self.checkpoints.finish())  # which one to go back to must not depend on the disk's pace
+        self.settle(
+            self.checkpoints.finish(self.watchdog.touch)
+        )  # which one to go back to must not depend on the disk's pace
 
         def choose() -> tuple[Rollback, Manifest]:
             steps = self.checkpoints.staying()
@@ -210,15 +223,27 @@ class Training:
 
         rollback, manifest = on_rank_0(self.world, choose)
         self.recovery.rollbacks.append(rollback)
-        self.restore(manifest)
+        together(self.world, lambda: self.restore(manifest))
         self.control.went_back(self.state.step)
-        fields = {"number": rollback.number, "level": rollback.level, "remedy": rollback.tried}
-        self.event("rollback", step=rollback.to, from_step=diverged_at, reason=reason, **fields)
+        self.tell_of(rollback)
         self.clock = (self.state.step, time.monotonic())
+
+    def tell_of_rollbacks(self) -> None:
+        """A death right after a rollback was written down left the log without it."""
+        if self.log is None or not self.job.root.is_local:  # elsewhere the log may be another machine's
+            return
+        told = {event["number"] for event in events.read(self.log.path)[0] if event["kind"] == "rollback"}
+        for rollback in self.recovery.rollbacks:
+            if rollback.number not in told:
+                self.tell_of(rollback)
+
+    def tell_of(self, rollback: Rollback) -> None:
+        fields = {"number": rollback.number, "level": rollback.level, "remedy": rollback.tried}
+        self.event("rollback", step=rollback.to, from_step=rollback.diverged_at, reason=rollback.reason, **fields)
 
     def save(self) -> str | None:
         """Start writing a checkpoint of this step, which carries the events up to it; what is not finite, if so."""
-        self.settle(self.checkpoints.finish())
+        self.settle(self.checkpoints.finish(self.watchdog.touch))
         best = self.best if self.config.evaluate.final == "best" else None
         info = {
             "config": flatten(shareable(self.config)),
@@ -233,10 +258,10 @@ class Training:
             "rollbacks": self.recovery.count,
             "regular": self.state.step % self.config.checkpoint.every == 0,
         }
-        events = self.log.since(self.logged) if self.log else b""
+        carried = self.log.since(self.logged) if self.log else b""
         self.carried = self.log.size if self.log else 0
         try:
-            self.checkpoints.begin(self.state, info, {"meter": self.meter.sums}, best and best["weights"], events)
+            self.checkpoints.begin(self.state, info, {"meter": self.meter.sums}, best and best["weights"], carried)
         except DivergedError as error:
             return str(error)
         self.clock = (self.state.step, time.monotonic())  # the rate is that of training alone
@@ -248,7 +273,7 @@ class Training:
             fault = self.save()
             if fault is not None:
                 return fault
-            self.settle(self.checkpoints.finish())
+            self.settle(self.checkpoints.finish(self.watchdog.touch))
         return None
 
     def settle(self, saved: Saved | None) -> None:

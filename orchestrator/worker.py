@@ -17,10 +17,13 @@ from jem.errors import DataError, JEMError
 from jem.train import dtype_of, prepare_first_step, start
 from jem.world import World
 from orchestrator.agreement import on_rank_0, same_everywhere, together
-from orchestrator.checkpoints import Checkpoints, find
+from orchestrator.checkpoints import Checkpoints, Superseded, find, write_failure
+from orchestrator.config import RunConfig
 from orchestrator.initialize import initialize_from
-from orchestrator.recovery import read_recovery
+from orchestrator.recovery import Recovery, read_recovery
 from orchestrator.training import Job, Report, Training
+
+ELASTIC_STARTS = 30
 
 
 def run(job: Job, world: World, device: torch.device, report: Report = lambda *_: None) -> dict[str, Any]:
@@ -33,15 +36,20 @@ def run(job: Job, world: World, device: torch.device, report: Report = lambda *_
         return setup(job, world, device, report).run()
     except JEMError as error:
         return {"status": error.status, "exit_code": error.exit_code, "message": str(error)}
+    except Superseded:
+        raise
+    except Exception:
+        write_failure(job.root, world)
+        raise
 
 
 def setup(job: Job, world: World, device: torch.device, report: Report) -> Training:
     """Data, network, chains, and the newest good checkpoint if there is one; the same error on every rank."""
     config = job.config
+    checkpoints = Checkpoints(world, job.root, config.checkpoint, device, config.recovery.healthy_steps)
+    checkpoints.claim(job.attempt, patience(config))
     data = together(world, lambda: load(config.data))
     same_everywhere(world, job.root, data.digest)
-    checkpoints = Checkpoints(world, job.root, config.checkpoint, device, config.recovery.healthy_steps)
-    checkpoints.claim()
     recovery = on_rank_0(world, lambda: read_recovery(job.root, config))
     manifest, faults = on_rank_0(world, lambda: find(job.root, config, recovery))
 
@@ -57,7 +65,7 @@ def setup(job: Job, world: World, device: torch.device, report: Report) -> Train
                 digests = f"digest {data.digest[:12]}, {manifest.directory.uri} has another"
                 raise DataError(f"{changed} ({digests}); {remedy}")
             training.restore(manifest)
-            training.began = _why(manifest, faults, world, device)
+            training.began = _why(manifest, faults, recovery, world, device)
         elif job.init_from is not None:
             initialize_from(job.init_from, state, world)
         elif config.model.norm == "act":
@@ -68,9 +76,19 @@ def setup(job: Job, world: World, device: torch.device, report: Report) -> Train
     return together(world, prepare)
 
 
-def _why(manifest: checkpoint.Manifest, faults: list[str], world: World, device: torch.device) -> str:
+def patience(config: RunConfig) -> int:
+    """How often workers may die without a new checkpoint. Elastic ones are also started anew when nodes come."""
+    most = config.recovery.max_failures
+    return max(most, ELASTIC_STARTS) if config.min_workers < config.max_workers else most
+
+
+def _why(
+    manifest: checkpoint.Manifest, faults: list[str], recovery: Recovery, world: World, device: torch.device
+) -> str:
     """Why the run goes on from just this checkpoint, and whether exactly."""
     told = ["its newest checkpoint"] if not faults else [f"the newest good checkpoint; damaged: {'; '.join(faults)}"]
+    if recovery.count > manifest.info["rollbacks"]:
+        told.append(f"rollback {recovery.rollbacks[-1]}")
     if manifest.world_size != world.size:
         told.append(f"{manifest.world_size} workers wrote it, {world.size} go on: chains are shared anew")
     if manifest.device != device.type:

@@ -328,20 +328,22 @@ def test_what_is_no_fault_of_the_storage_is_raised(root, writer, monkeypatch, er
 
 
 @pytest.mark.parametrize("error", [OSError("the run's folder is away"), RuntimeError("superseded")])
-def test_what_is_called_before_the_commit_can_keep_it_from_being_made(root, writer, error):
+def test_what_is_called_before_each_file_can_keep_the_checkpoint_from_being_made(root, writer, error):
     seen = []
 
     def refuse():
-        seen.append((root / 2 / MANIFEST).exists())
-        raise error
+        seen.append(len((root / 2).children()))
+        if len(seen) == 6:
+            raise error
 
-    writer.begin(root / 2, begin(), {}, {}, before_commit=refuse, after_commit=lambda: seen.append("after"))
+    writer.begin(root / 2, begin(), {}, {}, before_write=refuse, after_commit=lambda: seen.append("after"))
     if isinstance(error, OSError):
         assert "the run's folder is away" in writer.finish().fault
     else:
         with pytest.raises(RuntimeError, match="superseded"):
             writer.finish()
-    assert seen == [False]
+    assert len(seen) == 6, "five files, and then the manifest"
+    assert seen == sorted(seen)
     assert committed(root) == []
 
 
@@ -350,15 +352,27 @@ def test_a_writer_that_is_not_to_commit_leaves_alone_what_another_has_committed_
     other = {}
 
     def superseded():
+        if len((root / 2).children()) < 5:
+            return
         save(root / 2, go_on(begin(), 2), World(), {"by": "another"}, {}, events=b"{}\n")
         other.update(tree(root))
         raise RuntimeError("superseded")
 
-    writer.begin(root / 2, begin(), {}, {}, before_commit=superseded)
+    writer.begin(root / 2, begin(), {}, {}, before_write=superseded)
     with pytest.raises(RuntimeError, match="superseded"):
         writer.finish()
     assert tree(root) == other
     assert newest_good(committed(root))[0].info == {"by": "another"}
+
+
+def test_what_fails_after_the_commit_makes_no_failure_of_it(root, writer, caplog):
+    def fail():
+        raise OSError("the store is away")
+
+    writer.begin(root / 0, begin(), {}, {}, after_commit=fail)
+    assert writer.finish().fault is None
+    assert newest_good(committed(root))[0].step == 0
+    assert "the store is away" in caplog.text
 
 
 def test_what_is_called_after_the_commit_finds_it_committed(root, writer):

@@ -14,7 +14,7 @@ from worker_runs import CPU, HOOKED, Death, die, fit, log_of, prepared, state_of
 
 from jem import checkpoint
 from jem.checkpoint import MANIFEST, read_manifest
-from jem.errors import CheckpointError
+from jem.errors import CheckpointError, JEMError
 from jem.files import Location
 from jem.saving import save
 from jem.train import start
@@ -145,7 +145,7 @@ def test_what_a_death_in_the_middle_of_writing_has_left_is_removed_and_nothing_e
     (folder / ".manifest.json.1234abcd.tmp").write(b"half")
     (folder / "notes" / "mine.txt").write(b"somebody's own")
     files = sorted(path.name for path in (folder / 4).children())
-    assert found(root) == (8, [])
+    assert found(root) == (8, [f"{folder.uri}/12: has no manifest, its writing was interrupted"])
     assert names(root) == ["4", "8", "notes"]
     assert sorted(path.name for path in (folder / 8).children()) == files
 
@@ -364,9 +364,52 @@ def test_a_checkpoint_that_cannot_be_pruned_costs_nothing(root, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(Location, "remove", kept_by_the_disk)
         assert write(checkpoints, 8).fault is None
-    assert checkpoints.steps() == [8, 4]
+    assert checkpoints.steps() == [8], "what is left of the other is no checkpoint"
     assert write(checkpoints, 12).fault is None
-    assert checkpoints.steps() == [12]
+    assert names(root) == ["12", "4"]
+    assert found(root) == (12, [])
+    assert names(root) == ["12"], "the next start has removed it"
+
+
+def test_a_lost_manifest_of_the_only_checkpoint_is_no_fresh_start(root):
+    made(root, 8)
+    (root / "checkpoints" / 8 / "manifest.json").remove()
+    with pytest.raises(CheckpointError, match=r"checkpoints/8: has no manifest"):
+        found(root)
+    assert names(root) == ["8"], "nothing was removed"
+
+
+def test_an_unreadable_manifest_after_a_rollback_is_named_and_not_removed(root):
+    made(root, 4, 12, rollbacks=1)
+    (root / "checkpoints" / 12 / "manifest.json").write(b"{")
+    step, faults = found(root, None, Rollback(1, 9, 4, "lost", 1, ("seed",), 0))
+    assert step == 4
+    assert "checkpoints/12/manifest.json: damaged" in faults[0]
+    (root / "checkpoints" / 4).remove()
+    with pytest.raises(CheckpointError, match=r"12/manifest\.json: damaged"):
+        found(root, None, Rollback(1, 9, 4, "lost", 1, ("seed",), 0))
+    assert names(root) == ["12"]
+
+
+def test_workers_that_die_without_a_new_checkpoint_are_not_replaced_for_ever(root):
+    for _ in range(3):
+        group(root).claim(attempt=1, max_failures=2)
+    with pytest.raises(JEMError, match="died 3 times without a new checkpoint; the last time without a word"):
+        group(root).claim(attempt=1, max_failures=2)
+    (root / "failure.txt").write(b"rank 0 of 1\nTraceback\nValueError: odd\n")
+    with pytest.raises(JEMError, match=r"with ValueError: odd \(.*failure.txt\)"):
+        group(root).claim(attempt=1, max_failures=2)
+    again = group(root)
+    again.claim(attempt=2, max_failures=2)  # the same command, once more
+    assert write(again, 4).fault is None
+    for _ in range(3):
+        group(root).claim(attempt=2, max_failures=2)
+
+
+def test_a_driver_that_is_out_of_date_does_not_take_the_run_back(root):
+    group(root).claim(attempt=3)
+    with pytest.raises(JEMError, match=r"another driver has taken this run over \(attempt 3\)"):
+        group(root).claim(attempt=2)
 
 
 def test_a_request_to_stop_in_a_step_that_has_a_checkpoint_writes_it_once(tmp_path, monkeypatch):

@@ -229,6 +229,21 @@ data:
     )
 
 
+def test_a_ladder_is_checked_against_the_settings_it_will_change():
+    halved = load_run_config("digits", ["sgld.clamp=1", "recovery.ladder=[sgld.clamp*0.5]"])
+    assert halved.recovery.ladder == ("sgld.clamp*0.5",)
+    for ladder, said in (
+        ("[sgld.clamp*0.5]", "sgld.clamp: is none, which cannot be multiplied; use sgld.clamp=VALUE"),
+        ("[seed, sgld.stps*2]", "did you mean sgld.steps?"),
+        ("[sgld.steps*two]", "where 'two' is no number"),
+        ("[sgld.steps=0]", "sgld.steps: is 0, must be at least 1"),
+        ("[objective.p_x_weight=0 objective.p_y_given_x_weight=0]", "nothing would be trained"),
+    ):
+        (found,) = problems("digits", f"recovery.ladder={ladder}")
+        assert "recovery.ladder: has" in found
+        assert said in found, ladder
+
+
 def test_values_that_do_not_go_together_are_found_in_all_groups_at_once():
     found = problems("cifar10", "model.depth=29", "optimizer.decay_steps=[2, 1]", "replay.capacity=10", "workers=65")
     text = "\n".join(found)

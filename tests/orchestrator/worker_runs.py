@@ -114,12 +114,13 @@ class Hooked(nn.Module):
     def __init__(self, config, image_shape, n_classes):
         super().__init__()
         self.net = small_conv(config, image_shape, n_classes)
+        self.drop = nn.Dropout(config.options.get("drop", 0.0))
 
     def forward(self, x):
         if self.training:
             Hooks.passes += 1
             Hooks.at.get(Hooks.passes, lambda _: None)(self)
-        return Hooks.output(self.net(x))
+        return Hooks.output(self.net(self.drop(x)))
 
 
 def hooked(config, image_shape, n_classes):
