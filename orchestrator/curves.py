@@ -17,8 +17,9 @@ PANELS = {
 
 
 def curves_png(log_path: Path) -> bytes | None:
-    """A PNG of losses, energies, accuracy and validation against steps; None if there is nothing to draw yet."""
+    """A PNG of losses, energies, accuracy, validation against steps, and where a run went back; None if there is nothing."""
     series = read_series(log_path)
+    rollbacks = sorted({event["from_step"] for event in events.read(log_path)[0] if event["kind"] == "rollback"})
     panels = {title: [k for k in keys if len(series[k]) > 1] for title, keys in PANELS.items()}
     panels = {title: keys for title, keys in panels.items() if keys}
     if not panels:
@@ -34,6 +35,9 @@ def curves_png(log_path: Path) -> bytes | None:
         for key in keys:
             steps = sorted(series[key])
             axes.plot(steps, [series[key][step] for step in steps], label=key, linewidth=1.2)
+        for step in rollbacks:
+            label = "diverged, went back" if step == rollbacks[0] else None
+            axes.axvline(step, color="tab:red", alpha=0.6, linestyle=":", linewidth=1.2, label=label)
         axes.set_title(title, fontsize=10)
         axes.set_xlabel("step")
         axes.grid(alpha=0.3)

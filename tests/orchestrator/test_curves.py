@@ -42,3 +42,13 @@ def test_the_picture_shows_curves_even_with_gaps(log):
     pixels = np.asarray(Image.open(io.BytesIO(curves_png(log.path))).convert("RGB"))
     assert pixels.shape[1] > 2 * pixels.shape[0], "two panels beside each other"
     assert (pixels.std(axis=2) > 20).sum() > 100, "coloured lines"
+
+
+def test_the_picture_says_where_a_run_diverged_and_went_back(log):
+    for step in range(5):
+        log.append("metrics", step=step, metrics={"train/loss": 1.0 / (step + 1)})
+    plain = np.asarray(Image.open(io.BytesIO(curves_png(log.path))).convert("RGB"))
+    log.append("rollback", number=1, from_step=3, step=1, reason="lost", remedy="seed", level=1)
+    marked = np.asarray(Image.open(io.BytesIO(curves_png(log.path))).convert("RGB"))
+    changed = (plain != marked).any(axis=2)
+    assert changed.sum(axis=0).max() > 0.3 * changed.shape[0], "a line from the bottom to the top"
