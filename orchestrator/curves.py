@@ -17,7 +17,7 @@ PANELS = {
 
 
 def curves_png(log_path: Path) -> bytes | None:
-    """A PNG of losses, energies, accuracy, validation against steps, and where a run went back; None if there is nothing."""
+    """A PNG of the curves against steps, and of where the run went back; None if there is nothing to draw yet."""
     series = read_series(log_path)
     rollbacks = sorted({event["from_step"] for event in events.read(log_path)[0] if event["kind"] == "rollback"})
     panels = {title: [k for k in keys if len(series[k]) > 1] for title, keys in PANELS.items()}
