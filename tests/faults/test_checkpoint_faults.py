@@ -194,7 +194,9 @@ def test_a_missing_file_is_found_by_its_name_and_without_its_manifest_it_is_no_c
         assert str(path) in faults[0]
         path.write_bytes(data)
     (stored.newest / MANIFEST).unlink()
-    assert stored.found() == (stored.before, [])
+    step, faults = stored.found()
+    assert step == stored.before
+    assert faults == [f"{stored.newest}: has no manifest, its writing was interrupted"]
     assert not stored.newest.exists()
 
 
