@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 from worker_runs import CPU, HOOKED, Death, die, fit, poison, prepared
 
+from jem.errors import CheckpointError
 from jem.files import Location
-from orchestrator import control
+from orchestrator import control, training
 from orchestrator.control import Control, request_stop
 
 UNSTABLE = (
@@ -54,12 +55,21 @@ def stories(world, folder):
     told["unstable killed"] = fit(folder / "unstable killed", *UNSTABLE, world=world, attempt=3)
     told["unstable"] = fit(folder / "unstable", *UNSTABLE, world=world)
 
+    with pytest.MonkeyPatch.context() as patch:
+        if world.rank == 1:
+            patch.setattr(training.Training, "restore", away)
+        told["unreadable"] = fit(folder / "unreadable", *UNSTABLE, world=world)
+
     source = folder / "whole" / "checkpoints" / "12"
     taken = prepared(folder / "taken", *jem[1:], "model.name=worker_runs:hooked", world=world, init_from=str(source))
     told["taken"] = taken.state.network.state_dict(), taken.state.replay.chains
     control.LOOK_EVERY_S = 1.0
     told["asked"] = wait_for_a_stop(world, folder)
     return told
+
+
+def away(_training, manifest):
+    raise CheckpointError(f"{manifest.directory.uri}: rank 1 cannot read it")
 
 
 def wait_for_a_stop(world, folder):

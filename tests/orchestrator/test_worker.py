@@ -488,3 +488,10 @@ def test_two_ranks_that_diverge_roll_back_together_and_killed_in_between_end_wit
     assert log_of(folder / "unstable", "rollback"), "these settings do not diverge any more"
     assert newest(folder / "unstable").info["rollbacks"] == len(log_of(folder / "unstable", "rollback"))
     assert state_of(folder / "unstable") == state_of(folder / "unstable killed")
+
+
+def test_a_rank_that_cannot_read_what_a_rollback_goes_back_to_ends_the_run_on_all(two_ranks):
+    _, told = two_ranks
+    assert same(told, "unreadable", "status") == "no good checkpoint"
+    assert same(told, "unreadable", "exit_code") == 3
+    assert "rank 1 cannot read it" in same(told, "unreadable", "message")
