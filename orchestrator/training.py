@@ -204,9 +204,8 @@ class Training:
         Raises DivergedError if there is nothing left to try.
         """
         diverged_at = self.state.step
-        self.settle(
-            self.checkpoints.finish(self.watchdog.touch)
-        )  # which one to go back to must not depend on the disk's pace
+        # which one to go back to must not depend on the disk's pace
+        self.settle(self.checkpoints.finish(self.watchdog.touch))
 
         def choose() -> tuple[Rollback, Manifest]:
             steps = self.checkpoints.staying()
