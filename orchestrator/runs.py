@@ -4,7 +4,9 @@ STORAGE/NAME/run.json        name -> MLflow run -> attempts -> result
 STORAGE/NAME/lock            held by the driver that works on the run
 STORAGE/NAME/recipe.yaml     the whole configuration
 STORAGE/NAME/events.jsonl    the log
-STORAGE/NAME/checkpoints/    ours;  STORAGE/NAME/ray/  Ray's pointers to them
+STORAGE/NAME/checkpoints/    ours;  STORAGE/NAME/ray/  what Ray Train wants for itself, none of it needed
+STORAGE/NAME/recovery.json   its rollbacks
+STORAGE/NAME/owner           the group of workers that may write checkpoints;  failure.txt  what the last one died of
 STORAGE/NAME/samples/        pictures of the chains
 """
 
