@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from dataclasses import replace
 
 import pytest
@@ -384,6 +385,9 @@ def test_a_checkpoint_that_has_rotted_is_passed_over_when_a_rollback_wants_it(tm
     """Divergence from outside, for two steps: where it is noticed does not depend on any threshold."""
 
     def rot(_network):
+        deadline = time.monotonic() + 20  # checkpoints are written in the background
+        while steps_kept(tmp_path) != [0, 4, 8] and time.monotonic() < deadline:
+            time.sleep(0.01)
         assert steps_kept(tmp_path) == [0, 4, 8]
         (tmp_path / "checkpoints" / "8" / "model.safetensors").write_bytes(b"x")
 
