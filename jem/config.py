@@ -147,7 +147,15 @@ class ObjectiveConfig(Settings):
 class EvaluateConfig(Settings):
     """What is measured, when, and on which weights."""
 
-    suite: str = setting("fast", choices=("none", "fast"), doc="evaluation at the end of training")
+    suite: str = setting(
+        "fast",
+        choices=("none", "fast", "full"),
+        doc="fast: calibration, AUROC against interp and uniform; full: every set and score, with baselines",
+    )
+    sets: tuple[str, ...] = setting(
+        (), doc="full: out-of-distribution sets, by name or folder; empty: all that need no download"
+    )
+    max_images: int = setting(10_000, ge=1, doc="full: images of an out-of-distribution set, evenly spaced over it")
     every: int = setting(500, ge=1, doc="steps between measurements on the validation split")
     final: str = setting("last", choices=("last", "best"), doc="weights that are final: last, or best on validation")
     ema: bool = setting(False, doc="evaluate and keep the averaged weights (optimizer.ema_decay > 0)")

@@ -17,7 +17,8 @@ from urllib.parse import urlsplit
 
 import yaml
 
-from jem.config import SCIENCE, EvaluateConfig, JEMConfig
+from jem.config import SCIENCE, JEMConfig
+from jem.config import EvaluateConfig as Measured
 from jem.data.catalog import describe
 from jem.errors import ConfigError, JEMError, Problem
 from jem.settings import Entry, Settings, build, digest, flatten, group, override, setting
@@ -102,6 +103,26 @@ class TrackingConfig(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(Measured):
+    """What is measured, when, and on which weights; and what becomes of the final model."""
+
+    register: bool = setting(True, doc="register the final model in MLflow, once per checkpoint")
+    model_name: str | None = setting(None, doc="of the registered model; none: jem-DATA, such as jem-digits")
+    champion: str = setting(
+        "nll",
+        choices=("nll", "accuracy", "ece"),
+        doc="validation figure, after temperature scaling, that moves the alias champion when it improves",
+    )
+    input_layout: str = setting("NHWC", choices=("NHWC", "NCHW"), doc="of the images that the registered model takes")
+    input_dtype: str = setting("uint8", choices=("uint8", "float32"), doc="likewise: 0 to 255, or 0 to 1")
+
+    def conflicts(self) -> Iterator[tuple[str, str]]:
+        yield from super().conflicts()
+        if self.model_name is not None and not re.fullmatch(r"[\w.-]+", self.model_name, re.ASCII):
+            yield "model_name", f"is {self.model_name!r}, must be letters, digits, dots, dashes and underscores"
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig(JEMConfig):
     """A run: the model and its training, plus where and how."""
 
@@ -152,6 +173,11 @@ class RunConfig(JEMConfig):
         return (_bounds(self.workers) or (1, 1))[1]
 
     @property
+    def registered_name(self) -> str:
+        """Of the registered model that the final model becomes a version of."""
+        return self.evaluate.model_name or "jem-" + re.sub(r"[^\w.-]+", "-", self.data.name, flags=re.ASCII)
+
+    @property
     def science(self) -> dict[str, Any]:
         """What changes the numbers, flat."""
         return flatten(self, SCIENCE)
@@ -171,10 +197,10 @@ def load_run_config(recipe: str, arguments: Sequence[str]) -> RunConfig:
     try:
         entries = read_recipe(recipe, problems) | changes
     except ConfigError as error:  # there is no recipe to read: what was typed is checked alone
-        problems += [problem for problem in _mistakes(changes) if problem.origin]
+        problems += [problem for problem in mistakes(changes) if problem.origin]
         raise ConfigError([*error.problems, *problems]) from None
     try:
-        config = build(RunConfig, {key: _anchored(key, entry) for key, entry in entries.items()})
+        config = build(RunConfig, {key: anchored(key, entry) for key, entry in entries.items()})
     except ConfigError as error:
         raise ConfigError([*problems, *error.problems]) from None
     if config.data.name not in ON_DISK:
@@ -379,7 +405,8 @@ def _unfit(config: RunConfig) -> str | None:
     return None
 
 
-def _mistakes(entries: dict[str, Entry]) -> tuple[Problem, ...]:
+def mistakes(entries: dict[str, Entry]) -> tuple[Problem, ...]:
+    """All that keeps these entries from being a `RunConfig`."""
     try:
         build(RunConfig, entries)
     except ConfigError as error:
@@ -387,7 +414,7 @@ def _mistakes(entries: dict[str, Entry]) -> tuple[Problem, ...]:
     return ()
 
 
-def _anchored(key: str, entry: Entry) -> Entry:
+def anchored(key: str, entry: Entry) -> Entry:
     """Local paths are relative to where the command is typed; workers run elsewhere."""
     path = entry.raw or entry.value
     if key not in PATHS or not isinstance(path, str) or path in ("", "none", "None") or ":/" in path:

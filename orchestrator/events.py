@@ -5,6 +5,7 @@ MLflow, the progress bar and checkpoints are fed from it. Every event has `time`
     metrics     step, metrics {"train/loss": 1.2, ...}
     image       step, key, path (relative to the run's directory)
     artifact    path (likewise; a file or a directory)
+    model       step, path (likewise: its folder), digest, name, champion: the final model, to be registered as `name`
     checkpoint  step, rollbacks: everything up to this step is committed; how many rollbacks came before
     failed_checkpoint  step, reason, newest: this one could not be written; the newest is still there
     attempt     attempt, step, workers, why: the run goes on from this step; what came after it is run again

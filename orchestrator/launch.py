@@ -16,16 +16,19 @@ from typing import Any
 from jem import checkpoint
 from jem.errors import CheckpointError, JEMError
 from jem.files import Location
+from orchestrator import events
 from orchestrator.command import RAY_THREAD
 from orchestrator.config import RunConfig, check_folder, shown, to_yaml
 from orchestrator.control import clear_request, request_stop
 from orchestrator.curves import curves_png, latest
 from orchestrator.events import EventLog
 from orchestrator.facts import facts
+from orchestrator.final_model import write_model
 from orchestrator.mirror import Mirror
 from orchestrator.progress import Progress, follow
 from orchestrator.ray_cluster import leave_ray, start_ray, train_on_ray
 from orchestrator.registry import resolve_model
+from orchestrator.report_files import final_report
 from orchestrator.result import Result
 from orchestrator.runs import RunRecord, aside, lock, open_record, spool_of, storage_of, write_config
 from orchestrator.signals import StopSignals
@@ -93,9 +96,13 @@ class Attempt:
         """The result of a finished run; what MLflow did not take at the time is sent now."""
         assert self.record.result is not None
         result = Result(**self.record.result)
-        if not self.record.mlflow.get("complete") and self.log_path.exists():
+        sending = not self.record.mlflow.get("complete") and self.log_path.exists()
+        if sending:
             self.uploader.start()
             result.run_id = self.uploader.finish(result.status, timeout=UPLOAD_S)
+        if result.model is None:
+            self._name_model(result)
+        if sending:
             self._remember_upload(result)
         return result
 
@@ -191,6 +198,7 @@ class Attempt:
         log = EventLog(self.log_path)
         for path in self._summaries():
             log.append("artifact", path=path)
+        self._offer_model(outcome, log)
         log.append("end", status=status)
         log.close()
         run_id = self._finish_upload(status)
@@ -208,10 +216,34 @@ class Attempt:
             tracking_uri=shown(self.uri),
             message=outcome.get("message", ""),
         )
+        self._name_model(result)
         self.record.status = status
         self.record.attempts[-1] |= {"ended": time.time(), "status": status, "step": result.step}
         self._remember_upload(result)
         return result
+
+    def _offer_model(self, outcome: dict[str, Any], event_log: EventLog) -> None:
+        """Write the final model's folder and the report of its evaluation beside the log, and tell MLflow of them."""
+        if outcome["status"] != "finished":
+            return
+        try:
+            run = {"name": self.record.name, "folder": self.root.uri, "digest": self.record.digest}
+            model = write_model(self.folder, self.config, outcome, run) if outcome.get("calibrated") else None
+            report = final_report(self.folder, self.config, outcome, self.record.name)
+        except (JEMError, OSError) as error:  # the run is what it is
+            log.warning("the final model cannot be written to %s, so it is not registered: %s", self.folder, error)
+            return
+        if report is not None:
+            event_log.append("artifact", path=report)
+        if model is not None:
+            event_log.append("model", **model)
+
+    def _name_model(self, result: Result) -> None:
+        """The final model's name in MLflow, if it has one by now."""
+        models = [event for event in events.read(self.log_path)[0] if event["kind"] == "model"]
+        found = self.uploader.registered(models[-1]["digest"]) if models else None
+        if found is not None and models[-1]["step"] == result.step:
+            result.model, result.champion = found.model, found.champion
 
     def _finish_upload(self, status: str) -> str | None:
         """Send what is left to MLflow and close the run there, as far as time allows; its id."""

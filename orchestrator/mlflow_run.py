@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from orchestrator.outbox import Artifact, Image, Item, Point, Tags, legal_name
+from jem.errors import JEMError
+from orchestrator.outbox import Artifact, Image, Item, Model, Point, Tags, legal_name
 
 log = logging.getLogger(__name__)
 
@@ -24,6 +25,9 @@ _MAX_PARAM = 6000
 _MAX_TAG = 8000
 _MAX_BATCH = 1000
 
+_REFUSED = ("INVALID_PARAMETER_VALUE", "ENDPOINT_NOT_FOUND", "FEATURE_DISABLED", "PERMISSION_DENIED", "NOT_IMPLEMENTED")
+"""Answers of MLflow to a registration that asking again would not change."""
+
 _ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     # By default one call to a dead server blocks for 246 s. The uploader retries by itself, and a create_run that
@@ -31,6 +35,7 @@ _ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "15",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # stdout belongs to the result
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_LOGGING_LEVEL": "WARNING",
 }
 
@@ -47,6 +52,14 @@ class RunSpec:
     tags: Mapping[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Registered:
+    """A version of a registered model, and whether it is the champion and why: "yes: ..." or "no: ..."."""
+
+    model: str  # models:/NAME/VERSION
+    champion: str
+
+
 class MLflowRun:
     """`created` says that the run is new, so that everything has to be sent from the start."""
 
@@ -60,7 +73,9 @@ class MLflowRun:
         # Imported here: it takes seconds, and belongs to the uploader's thread.
         from mlflow import MlflowClient
 
-        self._client = MlflowClient(tracking_uri=_prepared(spec.uri))
+        uri = prepared(spec.uri)
+        self._client = MlflowClient(uri, uri)
+        self.registered: dict[str, Registered] = {}  # by digest
         self.created = False
         run = (self._existing(run_id) if run_id else None) or self._found_or_created(spec, token)
         self.run_id: str = run.info.run_id
@@ -84,6 +99,9 @@ class MLflowRun:
                 self._log_artifact(item, run_dir)
             elif isinstance(item, Tags):
                 self._set_tags(item.tags)
+        for item in items:  # after all that a model should not keep waiting
+            if isinstance(item, Model):
+                self._register(item, run_dir)
 
     def log_file_as(self, path: Path, name: str) -> None:
         with tempfile.TemporaryDirectory() as folder:
@@ -172,6 +190,21 @@ class MLflowRun:
             return
         self._client.log_image(self.run_id, image, key=item.key, step=item.step, timestamp=item.time)
 
+    def _register(self, item: Model, run_dir: Path) -> None:
+        from mlflow.exceptions import MlflowException
+
+        from orchestrator.register import register  # imports torch
+
+        try:
+            self.registered[item.digest] = register(self._client, self.run_id, run_dir / item.path, item)
+        except JEMError as error:
+            log.warning("the model is not registered in MLflow: %s", error)
+        except MlflowException as error:
+            if error.error_code not in _REFUSED:
+                raise
+            reason = str(error).splitlines()[0]
+            log.warning("MLflow refuses the model %s, which stays in %s: %s", item.name, run_dir / item.path, reason)
+
     def _logged_images(self) -> set[tuple[str, int]]:
         """(key, step) of the images that are complete: log_image writes the compressed copy last."""
         paths = [file.path for file in self._client.list_artifacts(self.run_id, "images")]
@@ -190,7 +223,7 @@ class MLflowRun:
             log.warning("the artifact %s is not sent to MLflow: there is no such file", path)
 
 
-def _prepared(uri: str) -> str:
+def prepared(uri: str) -> str:
     """SQLite makes a missing file, but no missing directory."""
     if uri.startswith("sqlite:///"):
         Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)

@@ -47,7 +47,19 @@ class Tags:
     tags: Mapping[str, Any]
 
 
-Item = Point | Image | Artifact | Tags
+@dataclass(frozen=True)
+class Model:
+    """A final model to be registered; `metrics` are the latest points of what it was evaluated on."""
+
+    path: str
+    step: int
+    name: str
+    champion: str  # the validation figure that decides
+    digest: str
+    metrics: tuple[Point, ...] = ()
+
+
+Item = Point | Image | Artifact | Tags | Model
 
 
 @dataclass
@@ -65,6 +77,7 @@ class Outbox:
     ended: bool = False
     status: str | None = None
     _marks: dict[str, int] = field(default_factory=dict)
+    _latest: dict[str, Point] = field(default_factory=dict)
     _attempts: list[str] = field(default_factory=list)
     _recoveries: list[str] = field(default_factory=list)
 
@@ -73,11 +86,13 @@ class Outbox:
         kind = event["kind"]
         self.ended = kind == "end"
         if kind == "metrics":
-            self.waiting += [
+            points = [
                 Point(legal_name(key), float(value), event["time"], event["step"])
                 for key, value in event["metrics"].items()
                 if isinstance(value, int | float)
             ]
+            self.waiting += points
+            self._latest |= {point.key: point for point in points}
         elif kind == "image":
             self.waiting.append(Image(event["key"], event["path"], event["time"], event["step"]))
         elif kind == "checkpoint":
@@ -95,9 +110,17 @@ class Outbox:
             return self._commit(None)
         elif kind == "artifact":
             return [Artifact(event["path"])]
+        elif kind == "model":
+            return [self._model(event)]
         elif kind == "tags":
             return [Tags(event["tags"])]
         return []
+
+    def _model(self, event: Event) -> Model:
+        """With the points of its step that were not of training: the same rows as the run's own."""
+        of_it = (point for point in self._latest.values() if point.step == event["step"])
+        metrics = tuple(point for point in of_it if not point.key.startswith("train/"))
+        return Model(event["path"], event["step"], event["name"], event["champion"], event["digest"], metrics)
 
     def _commit(self, step: int | None) -> list[Item]:
         """Release what waits, up to and including `step`: a checkpoint may be committed while later steps run."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,8 @@ QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    # A call after ray.shutdown would join whatever cluster a file in /tmp names.
+    "RAY_ENABLE_AUTO_CONNECT": "0",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     # How often the controller looks for reports and dead workers: a report waits for the next look.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
@@ -57,9 +59,20 @@ class Cluster:
 
 @contextmanager
 def start_ray(config: RunConfig) -> Iterator[Cluster]:
-    """Join the cluster at RAY_ADDRESS, or start a Ray that lives as long as the context."""
+    """Ray for a run, as long as the context lives."""
+    with ray_session(config.max_workers, patience(config)) as cluster:
+        _check(config, cluster)
+        yield cluster
+
+
+@contextmanager
+def ray_session(cpus: int, settings: Mapping[str, str] | None = None) -> Iterator[Cluster]:
+    """Join the cluster at RAY_ADDRESS, or start a private Ray of `cpus` logical CPUs or more; left with the context.
+
+    `settings`: environment variables of Ray's, besides those that all of our commands set.
+    """
     address = os.environ.get("RAY_ADDRESS")
-    for key, value in (QUIET | patience(config) | (JOINED if address else PATIENCE)).items():
+    for key, value in (QUIET | dict(settings or {}) | (JOINED if address else PATIENCE)).items():
         os.environ.setdefault(key, value)
     import ray
 
@@ -71,15 +84,13 @@ def start_ray(config: RunConfig) -> Iterator[Cluster]:
         ray.init(address=address, runtime_env={"env_vars": variables}, **quiet)
     else:
         # Ray's CPUs are logical: more workers than cores run, slowly, instead of waiting for ever.
-        cpus = max(os.cpu_count() or 1, config.max_workers)
+        logical = max(os.cpu_count() or 1, cpus)
         environment = {"env_vars": variables}
-        ray.init(address="local", num_cpus=cpus, include_dashboard=False, runtime_env=environment, **quiet)
+        ray.init(address="local", num_cpus=logical, include_dashboard=False, runtime_env=environment, **quiet)
     TOKEN.chmod(0o600) if TOKEN.exists() else None  # Ray writes it readable for everybody
     try:
         resources = ray.cluster_resources()
-        cluster = Cluster(not address, resources.get("CPU", 0), resources.get("GPU", 0))
-        _check(config, cluster)
-        yield cluster
+        yield Cluster(not address, resources.get("CPU", 0), resources.get("GPU", 0))
     finally:
         ray.shutdown()
 

@@ -34,6 +34,8 @@ class Result:
     weights: str | None = None  # which of the checkpoint's are final: model, ema or best
     samples: str | None = None  # the newest picture of the chains
     curves: str | None = None  # losses, energies, accuracy against steps
+    model: str | None = None  # the registered model, such as models:/jem-digits/3
+    champion: str | None = None  # whether that became its champion, and why: yes: ..., no: ...
     tracking_uri: str | None = None
     message: str = ""
 
@@ -73,6 +75,8 @@ def show(result: Result) -> None:
         "final weights": result.weights,
         "samples": result.samples,
         "curves": result.curves,
+        "model": result.model,
+        "champion": result.champion,
     }
     for label, text in lines.items():
         if text:

@@ -14,7 +14,7 @@ from jem.errors import ConfigError, Problem
 from jem.files import Location
 from orchestrator import events
 from orchestrator.config import shown
-from orchestrator.mlflow_run import RunSpec
+from orchestrator.mlflow_run import Registered, RunSpec
 from orchestrator.runs import under_ray_job
 from orchestrator.upload import Upload, reason, sync, terminal_status
 
@@ -79,6 +79,10 @@ class Uploader:
     @property
     def run_id(self) -> str | None:
         return self._upload.run_id
+
+    def registered(self, digest: str) -> Registered | None:
+        """What became of the final model with these weights, as far as it is known."""
+        return self._upload.registered(digest)
 
     @property
     def complete(self) -> bool:

@@ -17,11 +17,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from jem import checkpoint
 from jem.checkpoint import Manifest
+from jem.data.augment import to_float
 from jem.data.batches import BatchSource
 from jem.data.sources import DataSet
 from jem.energy import Logits
 from jem.errors import DivergedError, JEMError
-from jem.evaluate.evaluate import evaluate_fast, validate
+from jem.evaluate.evaluate import over_batches, validate
+from jem.evaluate.suite import compute_here, evaluate
 from jem.files import Location
 from jem.health import Health
 from jem.meter import Meter, named
@@ -36,6 +38,7 @@ from orchestrator.checkpoints import Checkpoints, find_for_rollback
 from orchestrator.config import RunConfig, shareable
 from orchestrator.control import Control
 from orchestrator.events import EventLog
+from orchestrator.final_model import calibrate
 from orchestrator.mirror import TAIL
 from orchestrator.pictures import by_class, grid_png
 from orchestrator.recovery import Recovery, Rollback, write_recovery
@@ -83,6 +86,8 @@ class Training:
     saved: Location | None = None  # the last checkpoint committed
     began: str = "a new run"  # why it goes on from the step it does
     stopping: bool = False  # a request to stop was seen
+    calibrated: dict[str, Any] | None = None  # see final_model.calibrate
+    evaluated: dict[str, Any] | None = None  # the report of the evaluation at the end, see jem/evaluate/report.py
 
     def __post_init__(self) -> None:
         self.config = self.job.config
@@ -125,6 +130,7 @@ class Training:
                     if self.stopping and info.step < config.steps:
                         return self.stop()
             self.evaluate()
+            self.calibrate()
         return self.outcome("finished", "")
 
     def after(self, info: StepInfo) -> str | None:
@@ -333,8 +339,21 @@ class Training:
     def evaluate(self) -> None:
         if self.config.evaluate.suite == "none":
             return
-        logits = self.logits(self.final_network())
-        self.log_metrics(evaluate_fast(logits, self.data, self.config.evaluate, self.world, self.like))
+        network, config = self.final_network(), self.config
+        compute = compute_here(
+            network, config, config.evaluate, self.world, self.like, lambda *_: self.watchdog.touch()
+        )
+        self.evaluated, _ = evaluate(network, self.data, config, config.evaluate, compute)
+        self.log_metrics(self.evaluated["metrics"])
+
+    def calibrate(self) -> None:
+        """What the final model needs to be used; on images without noise, as those will be that it is asked about."""
+        if not self.config.evaluate.register:
+            return
+        logits, split = self.logits(self.final_network()), self.data.validation
+        images, clean = to_float(split.images, torch.float32), replace(self.config.evaluate, noise_std=0.0)
+        found = over_batches(logits, images, clean, self.world, self.like, "clean")
+        self.calibrated = calibrate(found, split.labels, split.images)
 
     def log_metrics(self, metrics: dict[str, float]) -> None:
         self.metrics |= metrics
@@ -359,6 +378,8 @@ class Training:
             "checkpoint": self.saved.uri if self.saved else None,
             "metrics": self.metrics,
             "weights": self.final_weights,
+            "calibrated": self.calibrated,
+            "report": self.evaluated,
             "message": message,
         }
 

@@ -20,7 +20,7 @@ from jem.errors import ConfigError, JEMError, Problem
 from jem.files import Location
 from orchestrator import events
 from orchestrator.config import shown
-from orchestrator.mlflow_run import MLflowRun, RunSpec
+from orchestrator.mlflow_run import MLflowRun, Registered, RunSpec
 from orchestrator.outbox import Outbox, Tags, legal_name
 
 log = logging.getLogger(__name__)
@@ -80,6 +80,7 @@ class _State:
     offset: int = 0
     floor: dict[str, int] | None = None
     rewritten: list[tuple[int, int]] = field(default_factory=list)
+    models: dict[str, dict[str, str]] = field(default_factory=dict)  # Registered, by digest
 
     def outbox(self) -> Outbox:
         return Outbox(self.floor or {}, rewritten=[(first, last) for first, last in self.rewritten])
@@ -111,6 +112,11 @@ class Upload:
     def run_id(self) -> str | None:
         return self._state.run_id
 
+    def registered(self, digest: str) -> Registered | None:
+        """What became of the final model with these weights, as far as it is known."""
+        known = self._state.models.get(digest)
+        return Registered(**known) if known else None
+
     def catch_up(self, hurry: Callable[[], bool] = lambda: False) -> None:
         """Connect where necessary, and send all that may be sent; `hurry` says to leave off."""
         run = self._run or self._connect()
@@ -120,6 +126,7 @@ class Upload:
                 return
             items = [item for event in found for item in self._outbox.feed(event)]
             run.send(items, self.run_dir)
+            self._state.models |= {digest: asdict(found) for digest, found in run.registered.items()}
             self._position = position
             if items:  # what sends nothing need not be remembered: it is read again
                 self._state.offset = position

@@ -34,14 +34,15 @@ class Index:
     files: dict[str, list[tuple[Path, int]]]
 
 
-def index(root: Path) -> Index:
-    """List a folder; no image is opened. DataError if it has neither layout."""
+def index(root: Path, least: int = 2) -> Index:
+    """List a folder; no image is opened. DataError if it has neither layout, or not `least` classes."""
     if not root.is_dir():
         raise DataError(f"{root}: there is no such folder; data.root names one laid out as {LAYOUTS}")
     folders = _split_folders(root)
     classes = _folders(folders["train"])
-    if len(classes) < 2:
-        raise DataError(f"{folders['train']}: has {len(classes)} class folders, two are needed: {LAYOUTS}")
+    if len(classes) < least:
+        needed = "two are" if least == 2 else f"{least} is"
+        raise DataError(f"{folders['train']}: has {len(classes)} class folders, {needed} needed: {LAYOUTS}")
     for folder in folders.values():
         if _folders(folder) != classes:
             odd = sorted(set(_folders(folder)) ^ set(classes))

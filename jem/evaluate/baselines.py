@@ -2,7 +2,7 @@
 
 All rise with in-distribution, the opposite of pytorch-ood's. What they read, logits [n, C] or features [n, d] of
 the last linear layer, is computed by the caller, once for all of them; settings are the papers' and are not tuned.
-pytorch-ood is the optional dependency `ood` and is imported when a score is made.
+pytorch-ood is imported when a score is made: without it everything else works.
 """
 
 from __future__ import annotations
@@ -17,6 +17,11 @@ from torch import Tensor, nn
 from jem.energy import Logits
 from jem.errors import ConfigError, DataError
 
+NAMES = ("msp", "energy", "odin", "mahalanobis", "vim", "knn")
+OF_FEATURES = ("mahalanobis", "vim", "knn")
+NEIGHBOURS = 50
+"""Of `knn`, as its paper has for CIFAR-10."""
+
 OfLogits = Callable[[Tensor], Tensor]
 OfFeatures = Callable[[Tensor], Tensor]
 """Scores [n] of logits [n, C] or of features [n, d], as float64 on the CPU."""
@@ -28,7 +33,7 @@ def detectors() -> Any:
         from pytorch_ood import detector
     except ImportError as error:
         scores = "msp, energy, odin, mahalanobis, vim and knn"
-        raise ConfigError(f"the scores {scores} need pytorch-ood: pip install 'jem-orchestrator[ood]'") from error
+        raise ConfigError(f"the scores {scores} need pytorch-ood: pip install pytorch-ood") from error
     return detector
 
 
@@ -109,7 +114,7 @@ def vim(train: Float[Tensor, "n d"], head: nn.Linear) -> OfFeatures:
     return score
 
 
-def knn(train: Float[Tensor, "n d"], k: int = 50) -> OfFeatures:
+def knn(train: Float[Tensor, "n d"], k: int = NEIGHBOURS) -> OfFeatures:
     """-distance to the k-th nearest training feature, features scaled to length 1 (Sun et al., 2022; their CIFAR-10 k).
 
     Raises DataError if there are fewer than k.

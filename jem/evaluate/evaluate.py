@@ -1,4 +1,4 @@
-"""One trained network, all its figures. Batches are fixed, so the figures do not depend on who computes them."""
+"""Validation, and functions of many images in batches that are fixed: nothing depends on who computes them."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from torch import Tensor
 
 from jem.config import EvaluateConfig
 from jem.data.augment import to_float
-from jem.data.sources import DataSet, Split
+from jem.data.sources import Split
 from jem.energy import Logits
-from jem.evaluate import calibration, classification, ood, scores, sets
+from jem.evaluate import calibration, classification
 from jem.randomness import generator
 from jem.world import World
 
@@ -32,38 +32,6 @@ def classification_metrics(logits: Tensor, labels: Tensor) -> dict[str, float]:
         "nll": classification.nll(logits, labels),
         "ece": calibration.ece(calibration.confidence_bins(logits, labels)),
     }
-
-
-def evaluate_fast(
-    network: Logits, data: DataSet, config: EvaluateConfig, world: World, like: Tensor
-) -> dict[str, float]:
-    """The suite `fast`: `test/{accuracy,nll,ece}`, `ood/{interp,uniform}/{log_px,max_py,approx_mass}/auroc`.
-
-    The test split is in-distribution; images are clean unless `config.noise_std`. Every rank gets the
-    same figures and does its share of the batches.
-    """
-    test = to_float(data.test.images, torch.float32)
-    images = {"test": test} | {name: outliers(name, test) for name in ("interp", "uniform")}
-    logits = {name: over_batches(network, x, config, world, like, name) for name, x in images.items()}
-
-    def approx_mass(x: Tensor) -> Tensor:
-        return scores.approx_mass(network, x)
-
-    scored = {
-        "log_px": {name: scores.log_px(out) for name, out in logits.items()},
-        "max_py": {name: scores.max_py(out) for name, out in logits.items()},
-        "approx_mass": {n: over_batches(approx_mass, x, config, world, like, n) for n, x in images.items()},
-    }
-    metrics = {f"test/{k}": v for k, v in classification_metrics(logits["test"], data.test.labels).items()}
-    for name in ("interp", "uniform"):
-        for score, by_set in scored.items():
-            metrics[f"ood/{name}/{score}/auroc"] = ood.auroc(by_set["test"], by_set[name])
-    return metrics
-
-
-def outliers(name: str, test: Tensor) -> Tensor:
-    """The set `name` of `sets.SETS` for these test images: the same at every call."""
-    return sets.SETS[name](test, generator("cpu", "evaluate", name))
 
 
 def over_batches(

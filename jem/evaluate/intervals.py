@@ -64,22 +64,25 @@ def estimate(statistic: Statistic, sizes: tuple[int, ...]) -> Tensor:
 def percentile_intervals(values: Tensor, samples: Float[Tensor, "resamples ..."]) -> list[Interval]:
     """The middle 95 % of the resampled figures, one interval for each of `values` [...], flattened.
 
-    Resamples in which a figure is undefined (NaN) are left out. An interval of a figure at its very bound has
-    no width: a test set without a mistake says by itself only that the error is below about 3 / n.
-    """
-    low, high = _middle(samples)
-    return _together(values, low, high)
-
-
-def reflected_intervals(values: Tensor, samples: Float[Tensor, "resamples ..."]) -> list[Interval]:
-    """The percentile interval mirrored at the figure, from 0 up and widened to hold the figure ("basic" bootstrap).
-
-    For sizes of deviations: a resample deviates more than the data it is drawn from, as they do from the truth,
-    so that percentiles lean the wrong way.
+    Widened to hold the figure, which a statistic that is biased in resamples (average precision is, upward, as images
+    stand in them several times) can leave outside. Resamples in which a figure is undefined (NaN) are left out. An
+    interval of a figure at its very bound has no width: a test set without a mistake says by itself only that the
+    error is below about 3 / n.
     """
     low, high = _middle(samples)
     flat = values.flatten()
-    return _together(values, (2 * flat - high).clamp(min=0).minimum(flat), (2 * flat - low).maximum(flat))
+    return _together(values, low.fmin(flat), high.fmax(flat))
+
+
+def reflected_intervals(values: Tensor, samples: Float[Tensor, "resamples ..."]) -> list[Interval]:
+    """The percentile interval mirrored at the figure, within 0 and 1, widened to hold the figure ("basic" bootstrap).
+
+    For sizes of deviations of a share: a resample deviates more than the data it is drawn from, as they do from the
+    truth, so that percentiles lean the wrong way.
+    """
+    low, high = _middle(samples)
+    flat = values.flatten()
+    return _together(values, (2 * flat - high).clamp(min=0).minimum(flat), (2 * flat - low).clamp(max=1).maximum(flat))
 
 
 def _middle(samples: Tensor) -> Tensor:

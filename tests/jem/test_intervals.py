@@ -75,11 +75,12 @@ def test_undefined_resamples_are_left_out():
     assert found == pytest.approx((2, 1.05, 2.95))
 
 
-def test_reflected_intervals_lean_the_other_way_stay_above_0_and_hold_the_figure():
-    samples = torch.linspace(1, 2, 1001, dtype=torch.float64)
-    value = torch.tensor(1.2, dtype=torch.float64)
-    assert reflected_intervals(value, samples)[0] == pytest.approx((1.2, 2.4 - 1.975, 2.4 - 1.025))
-    assert reflected_intervals(value - 0.5, samples)[0] == pytest.approx((0.7, 0, 0.7))
+def test_reflected_intervals_lean_the_other_way_stay_within_0_and_1_and_hold_the_figure():
+    samples = torch.linspace(0.4, 0.8, 1001, dtype=torch.float64)  # its middle 95 %: .41 to .79
+    value = torch.tensor(0.5, dtype=torch.float64)
+    assert reflected_intervals(value, samples)[0] == pytest.approx((0.5, 1 - 0.79, 1 - 0.41))
+    assert reflected_intervals(value - 0.3, samples)[0] == pytest.approx((0.2, 0, 0.2))
+    assert reflected_intervals(value + 0.3, samples)[0] == pytest.approx((0.8, 0.8, 1))
 
 
 def test_an_empty_sample_is_refused(generator):

@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 import signal
 import socket
+import sqlite3
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from commands import Command, Tracked, bring, log_of, train
 from PIL import Image
 
 from jem import checkpoint
+from jem.config import DataConfig
+from jem.data.sources import load
 from jem.files import Location
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
@@ -109,6 +113,33 @@ def test_a_run_ends_with_its_result_its_folder_and_its_mlflow_run(folder, first)
     assert {p.name.split("+")[2] for p in images.glob("samples+step+*.png")} == {"10", "20"}
 
 
+def test_a_run_ends_with_a_registered_model_that_answers_as_it_was_measured(folder, first, monkeypatch):
+    from mlflow import MlflowClient, pyfunc
+
+    uri = f"sqlite:///{folder}/runs/mlflow.db"
+    client = MlflowClient(uri, uri)
+    version = client.get_model_version_by_alias("jem-digits", "champion")
+    run_id = first.result["run_id"]
+    assert (first.result["model"], version.run_id) == ("models:/jem-digits/1", run_id)
+    assert first.result["champion"].startswith("yes: the first one (validation nll ")
+    monkeypatch.setenv("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
+    monkeypatch.syspath_prepend(folder)  # the network is the user's own: slow_net.py
+    validation, test = (getattr(load(DataConfig(name="digits")), name) for name in ("validation", "test"))
+    model = pyfunc.load_model(version.source)
+    table = model.predict(validation.images.permute(0, 2, 3, 1).numpy())
+    right = table.label.astype(int).to_numpy() == validation.labels.numpy()
+    p = np.array(table.probabilities.tolist())[np.arange(len(right)), validation.labels.numpy()]
+    assert float(version.tags["jem.validation.accuracy"]) == pytest.approx(right.mean())
+    assert float(version.tags["jem.validation.nll"]) == pytest.approx(-np.log(p).mean())
+    assert table.in_distribution.mean() == pytest.approx(0.95, abs=1 / len(right))
+    answers = model.predict(test.images.permute(0, 2, 3, 1).numpy())
+    accuracy = (answers.label.astype(int).to_numpy() == test.labels.numpy()).mean()
+    assert first.result["metrics"]["test/accuracy"] == pytest.approx(accuracy)
+    (output,) = client.get_run(run_id).outputs.model_outputs
+    linked = {metric.key: metric.value for metric in client.get_logged_model(output.model_id).metrics}
+    assert linked["test/accuracy"] == first.result["metrics"]["test/accuracy"]
+
+
 def test_the_same_command_again_trains_nothing_and_prints_the_same(folder, first):
     before = len(log_of(folder / "runs" / "first"))
     again = train(folder, *TINY, "name=first", "steps=20")
@@ -116,6 +147,8 @@ def test_the_same_command_again_trains_nothing_and_prints_the_same(folder, first
     fewer = train(folder, *TINY, "name=first", "steps=10", "workers=1", "tracking.every=7")
     assert (fewer.code, fewer.result) == (0, first.result)
     assert len(log_of(folder / "runs" / "first")) == before
+    with sqlite3.connect(folder / "runs" / "mlflow.db") as db:
+        assert db.execute("SELECT version FROM model_versions").fetchall() == [(1,)]
     other = train(folder, *TINY, "name=first", "steps=20", "seed=5")
     assert (other.code, other.result["status"]) == (2, "bad configuration")
     assert "seed: is 5" in other.result["message"]
@@ -135,6 +168,7 @@ def test_more_steps_go_on_in_the_same_mlflow_run(folder, first, more):
     assert [event["step"] for event in log_of(run, "attempt")] == [0, 20]
     assert [a["number"] for a in json.loads((run / "run.json").read_text())["attempts"]] == [1, 2]
     assert (run / "ray" / "attempt-2").is_dir()
+    assert more.result["model"] == "models:/jem-digits/2"
     tracked = Tracked(folder / "runs" / "mlflow.db", more.result["run_id"])
     assert tracked.status == "FINISHED"
     assert once_each(tracked.points)

@@ -86,6 +86,13 @@ OTHER = {
     "tracking.every": "7",
     "tracking.images_every": "7",
     "evaluate.suite": "none",
+    "evaluate.sets": "[rot90]",
+    "evaluate.max_images": "7",
+    "evaluate.register": "false",
+    "evaluate.model_name": "mine",
+    "evaluate.champion": "ece",
+    "evaluate.input_layout": "NCHW",
+    "evaluate.input_dtype": "float32",
     "evaluate.every": "7",
     "evaluate.final": "best",
     "evaluate.ema": "true",
@@ -188,6 +195,19 @@ def test_a_run_is_named_after_the_recipes_file(recipe):
     assert load_run_config("digits", []).name == load_run_config("digits", ["steps=7", "workers=1"]).name
 
 
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        ((), "jem-digits"),
+        (("data.name=my.images:all_of_them", "data.crop_padding=0"), "jem-my.images-all_of_them"),
+        (("evaluate.model_name=mine-2",), "mine-2"),
+        (("evaluate.model_name=none",), "jem-digits"),
+    ],
+)
+def test_a_registered_model_is_named_after_its_data_or_as_asked(settings, name):
+    assert load_run_config("digits", settings).registered_name == name
+
+
 @pytest.mark.parametrize("name", ["a/b", "a b", ".hidden", "", "a\\b"])
 def test_a_name_must_be_a_folders(name):
     assert any("must be a folder's name" in p for p in problems("digits", f"name={name}"))
@@ -271,6 +291,8 @@ def test_values_that_do_not_go_together_are_found_in_all_groups_at_once():
         ("data.labelled_batch_size=3", "has no effect without data.labels_per_class"),
         ("objective.p_x_y_weight=1", "sgld.conditional: is false, must be true"),
         ("evaluate.ema=true", "no weights are averaged; set optimizer.ema_decay"),
+        ("evaluate.model_name=a/b", "is 'a/b', must be letters, digits, dots, dashes and underscores"),
+        ("evaluate.champion=nlls", "did you mean 'nll'?"),
         ("sgld=20", "sgld: no such setting: a group"),
         ("steps=2026-13-01", "is '2026-13-01', which is not a YAML value"),
         ("model.options=[1]", "is [1], a mapping was expected"),

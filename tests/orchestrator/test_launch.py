@@ -6,6 +6,7 @@ import json
 import sqlite3
 
 import pytest
+from made_models import portable
 
 from jem.errors import ConfigError
 from orchestrator.config import load_run_config, to_yaml
@@ -48,6 +49,20 @@ def test_what_mlflow_did_not_take_is_sent_when_a_finished_run_is_asked_for_again
     before = (folder / "events.jsonl").read_bytes()
     assert launch(config) == result
     assert (folder / "events.jsonl").read_bytes() == before
+
+
+def test_a_finished_run_whose_model_was_sent_later_names_it(finished):
+    config, folder = finished
+    card = portable(folder / "models" / "ab")
+    log = EventLog(folder / "events.jsonl")
+    model = {"step": 4, "path": "models/ab", "digest": card.digest, "name": "jem-digits", "champion": "nll"}
+    log.append("model", **model)
+    log.append("end", status="finished")
+    log.close()
+    result = launch(config)
+    assert (result.model, result.champion) == ("models:/jem-digits/1", "yes: the first one (validation nll 0.5)")
+    assert json.loads((folder / "run.json").read_text())["result"]["model"] == "models:/jem-digits/1"
+    assert launch(config) == result
 
 
 def test_a_password_in_the_tracking_uri_is_in_no_file_that_is_shared():

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator.outbox import Artifact, Image, Outbox, Point, Tags, legal_name
+from orchestrator.outbox import Artifact, Image, Model, Outbox, Point, Tags, legal_name
 
 
 def metrics(step, **values):
@@ -88,6 +88,19 @@ def test_files_and_tags_go_out_at_once():
         Outbox(), event("artifact", path="a.csv"), event("tags", tags={"device": "cpu"}), event("note", text="")
     )
     assert sent == [Artifact("a.csv"), Tags({"device": "cpu"})]
+
+
+def test_a_final_model_goes_out_at_once_with_the_points_that_it_was_evaluated_on():
+    model = event("model", 5, path="models/ab", digest="abcd", name="jem-digits", champion="nll")
+    before = {"test/nll": 0.9, "val/nll": 0.8}
+    first = metrics(5, **{"train/loss": 1.0, "val/nll": 0.5})
+    again = metrics(5, **{"test/nll": 0.4}) | {"time": 2000}
+    sent = feed(Outbox(), metrics(4, **before), first, again, model)
+    points = {Point("val/nll", 0.5, 1005, 5), Point("test/nll", 0.4, 2000, 5)}
+    assert [(m.path, m.step, m.name, m.champion, m.digest, set(m.metrics)) for m in sent] == [
+        ("models/ab", 5, "jem-digits", "nll", "abcd", points)
+    ]
+    assert isinstance(sent[0], Model)
 
 
 def test_what_the_run_has_from_a_lost_log_is_not_sent_again():

@@ -105,12 +105,15 @@ def test_a_person_sees_final_metrics_and_where_things_are(capsys):
         status="finished",
         weights="best",
         samples="/runs/digits/samples/00000020.png",
+        model="models:/jem-digits/3",
+        champion="no: validation nll 0.3, version 2 has 0.2",
         tracking_uri="sqlite:////runs/mlflow.db",
     )
     show(result)
     out = capsys.readouterr().out
     for text in ("digits: finished at step 20", "test/accuracy", "0.9877", "best", "run abc in sqlite:////runs"):
         assert text in out
+    assert "model: models:/jem-digits/3\nchampion: no: validation nll 0.3, version 2 has 0.2\n" in out
     for path in (result.checkpoint, result.samples):
         assert path in out, "a path in one piece can be copied"
     assert "train/loss" not in out

@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from made_models import portable
 from PIL import Image
 
 from jem.errors import ConfigError, JEMError
@@ -446,6 +447,98 @@ def test_a_long_backlog_goes_out_in_batches(store, run_dir, log):
     sender.start()
     run_id = sender.finish("finished", 60)
     assert [len(store.steps(run_id, f"train/{name}")) for name in "abc"] == [1200] * 3
+
+
+def model_event(run_dir, seed=0, **figures):
+    card = portable(run_dir / "models" / str(seed), seed, **figures)
+    return {"step": 3, "path": f"models/{seed}", "digest": card.digest, "name": "jem-toys", "champion": "nll"}
+
+
+def versions(store):
+    return store.rows("SELECT version, run_id FROM model_versions WHERE name = 'jem-toys' ORDER BY version")
+
+
+def test_a_final_model_is_registered_once_and_remembered(store, run_dir, log):
+    train(log, 1, 3, **{"test/nll": 0.5})
+    event = model_event(run_dir)
+    log.append("model", **event)
+    log.append("end", status="finished")
+    sender = uploader(store, run_dir)
+    sender.start()
+    run_id = sender.finish("finished", timeout=60)
+    assert sender.complete
+    found = sender.registered(event["digest"])
+    assert (found.model, found.champion) == ("models:/jem-toys/1", "yes: the first one (validation nll 0.5)")
+    assert uploader(store, run_dir).registered(event["digest"]) == found, "the next driver knows it, too"
+    assert store.status(run_id) == "FINISHED"
+    assert store.steps(run_id, "test/nll") == [1, 2, 3]
+    assert store.rows("SELECT metric_name, metric_value, metric_step FROM logged_model_metrics") == [
+        ("test/nll", 0.5, 3)
+    ]
+    (run_dir / "uploaded.json").unlink()  # as another machine sees it
+    assert sync_again(store, run_dir, run_id) == run_id
+    assert versions(store) == [(1, run_id)]
+    assert store.steps(run_id, "test/nll") == [1, 2, 3]
+
+
+def sync_again(store, run_dir, run_id):
+    again = upload(store, run_dir, run_id)
+    again.catch_up()
+    again.close()
+    return again.run_id
+
+
+def test_a_model_that_mlflow_was_away_for_is_sent_by_sync(store, run_dir, log):
+    train(log, 1, 3)
+    event = model_event(run_dir)
+    log.append("model", **event)
+    sender = uploader(store, run_dir, uri=f"http://127.0.0.1:{closed_port()}")
+    sender.start()
+    assert sender.finish("finished", timeout=3) is None
+    assert sender.registered(event["digest"]) is None
+    run_id = sync(run_dir, store.uri)
+    assert versions(store) == [(1, run_id)]
+    assert uploader(store, run_dir).registered(event["digest"]).model == "models:/jem-toys/1"
+    assert sync(run_dir, store.uri) == run_id
+    assert versions(store) == [(1, run_id)]
+
+
+def test_a_registry_that_is_away_for_a_moment_gets_the_model_and_one_that_refuses_holds_nothing_back(
+    store, run_dir, log, caplog, monkeypatch
+):
+    from mlflow.exceptions import MlflowException
+    from mlflow.protos.databricks_pb2 import FEATURE_DISABLED
+
+    from orchestrator import register
+
+    whole, errors = register.register, [ConnectionError("away")]
+
+    def failing(*arguments):
+        if errors:
+            raise errors.pop()
+        return whole(*arguments)
+
+    monkeypatch.setattr(register, "register", failing)
+    train(log, 1, 3)
+    log.append("model", **model_event(run_dir))
+    log.append("end", status="finished")
+    sender = upload(store, run_dir)
+    with pytest.raises(ConnectionError):
+        sender.catch_up()
+    sender.disconnect()
+    sender.catch_up()
+    assert versions(store) == [(1, sender.run_id)]
+    refused = model_event(run_dir, seed=1)
+    errors.append(MlflowException("no registry here", error_code=FEATURE_DISABLED))
+    log.append("model", **refused)
+    log.append("metrics", step=4, metrics={"train/loss": 0.1})
+    log.append("model", **refused | {"path": "models/gone"})
+    log.append("end", status="finished")
+    sender.catch_up()
+    assert sender.registered(refused["digest"]) is None
+    assert store.steps(sender.run_id) == [1, 2, 3, 4]
+    assert f"MLflow refuses the model jem-toys, which stays in {run_dir}/models/1: no registry here" in caplog.text
+    assert f"{run_dir}/models/gone: holds no model" in caplog.text
 
 
 def test_sync_sends_what_a_dead_server_did_not_take(store, run_dir, log):

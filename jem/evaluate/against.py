@@ -1,0 +1,94 @@
+"""Two models on the same images, side by side: the differences are paired, image by image."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from jem.errors import ConfigError
+from jem.evaluate import calibration_intervals, ood
+from jem.evaluate.intervals import Statistic, bootstrap, estimate, mean_of, percentile_intervals
+from jem.evaluate.measured import Measured
+from jem.evaluate.report import SCHEMA, plain
+from jem.randomness import generator
+
+Report = Mapping[str, Any]
+
+
+def against(first: tuple[Report, Measured], second: tuple[Report, Measured]) -> dict[str, Any]:
+    """Both models' figures, and the first's minus the second's with a paired 95 % bootstrap interval.
+
+    Raises ConfigError if they were evaluated on different images.
+    """
+    reports, outputs = (first[0], second[0]), (first[1], second[1])
+    one, other = (report["data"] for report in reports)
+    if one["digest"] != other["digest"] or not torch.equal(*(out.labels["test"] for out in outputs)):
+        raise ConfigError(
+            f"--against: the models are of different data ({one['name']}, digest {one['digest'][:12]}; "
+            f"{other['name']}, digest {other['digest'][:12]}); both must have the same test images"
+        )
+    models = [{key: report["model"][key] for key in ("name", "source", "digest")} for report in reports]
+    return {"schema": SCHEMA, "models": models, "rows": [*_of_test(reports, outputs), *_of_outliers(reports, outputs)]}
+
+
+def _of_test(reports: tuple[Report, ...], outputs: tuple[Measured, ...]) -> Iterator[dict[str, Any]]:
+    labels = outputs[0].labels["test"]
+    logits = [out.logits["test"] for out in outputs]
+    scaled = [f.double() / r["temperature"]["value"] for f, r in zip(logits, reports, strict=True)]
+    right = [mean_of((f.argmax(dim=1) == labels).double()[:, None]) for f in logits]
+    yield from _rows("classification", "test", ["accuracy"], reports, right, (len(labels),), "higher")
+    for group, part, of_model in (("calibration", "test", logits), ("after temperature", "test_scaled", scaled)):
+        statistics = [calibration_intervals.statistic(f, labels) for f in of_model]
+        metrics = list(calibration_intervals.METRICS)
+        yield from _rows(group, part, metrics, reports, statistics, (len(labels),), "lower")
+
+
+def _of_outliers(reports: tuple[Report, ...], outputs: tuple[Measured, ...]) -> Iterator[dict[str, Any]]:
+    first, second = outputs
+    for name in (n for n in first.outliers if n in second.scores):
+        same_size = len(first.scores[name]["log_px"]) == len(second.scores[name]["log_px"])
+        for score in (s for s in first.scores[name] if s in second.scores[name] and same_size):
+            statistics = [_auroc_of(out.scores["test"][score], out.scores[name][score]) for out in outputs]
+            sizes = (len(first.labels["test"]), len(first.scores[name][score]))
+            values = [report["ood"][name]["scores"][score]["auroc"] for report in reports]
+            yield _row("ood", f"ood/{name}/{score}/auroc", values, statistics, sizes, "higher", 0)
+
+
+def _auroc_of(inside: Tensor, outside: Tensor) -> Statistic:
+    statistic = ood.statistic(inside, outside)
+    return lambda *counts: statistic(*counts)[:, :1]
+
+
+def _rows(
+    group: str,
+    part: str,
+    metrics: list[str],
+    reports: tuple[Report, ...],
+    statistics: list[Statistic],
+    sizes: tuple[int, ...],
+    better: str,
+) -> Iterator[dict[str, Any]]:
+    for column, metric in enumerate(metrics):
+        values = [report[part][metric] for report in reports]
+        yield _row(group, metric, values, statistics, sizes, better, column)
+
+
+def _row(
+    group: str,
+    metric: str,
+    values: list[Any],
+    statistics: list[Statistic],
+    sizes: tuple[int, ...],
+    better: str,
+    column: int,
+) -> dict[str, Any]:
+    def difference(*counts: Tensor) -> Tensor:
+        one, other = (statistic(*counts)[:, column] for statistic in statistics)
+        return (one - other)[:, None]
+
+    draws = bootstrap(difference, sizes, generator("cpu", "bootstrap", "against", group, metric))
+    (interval,) = percentile_intervals(estimate(difference, sizes), draws)
+    return {"group": group, "metric": metric, "better": better, "values": values, "difference": plain(interval)}

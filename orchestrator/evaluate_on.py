@@ -1,0 +1,133 @@
+"""Where an evaluation is computed: in this process, or dealt out to Ray workers. The figures are the same bits.
+
+On a CPU each process computes with one thread, as float32 sums depend on how threads share them; several cores are
+used by several workers.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+from torch import Tensor, nn
+
+from jem.evaluate.passes import Part, Pass, run_pass
+from jem.evaluate.suite import Dealt, Subjects, compute_here
+from jem.train import dtype_of
+from jem.world import World
+from orchestrator.config import RunConfig
+from orchestrator.ray_cluster import ray_session
+
+
+class Progress:
+    """How far an evaluation is, on stderr: a bar on a terminal, a line every tenth elsewhere."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._bar: Bar | None = None
+        self._total, self._done, self._told = 0, 0, 0
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def begin(self, subjects: Subjects) -> None:
+        self._total = sum(subjects.cost(which) for which in subjects.passes)
+        if sys.stderr.isatty():
+            columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+            self._bar = Bar(*columns, console=Console(file=sys.stderr), transient=True)
+            self._bar.add_task(f"evaluating {self.name}", total=self._total)
+            self._bar.start()
+
+    def add(self, cost: int) -> None:
+        self._done += cost
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], completed=self._done)
+        elif 10 * self._done // max(1, self._total) > self._told:
+            self._told = 10 * self._done // self._total
+            print(f"evaluating {self.name}: {10 * self._told} %", file=sys.stderr, flush=True)
+
+
+def compute_in_this_process(network: nn.Module, config: RunConfig, progress: Progress) -> Dealt:
+    """On a GPU where there is one and `config.device` allows it."""
+    device = torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
+
+    def compute(subjects: Subjects) -> dict[Pass, Tensor]:
+        progress.begin(subjects)
+
+        def on_batch(which: Pass, images: int) -> None:
+            progress.add(images * subjects.cost(which) // len(subjects.images[which.images]))
+
+        like = torch.zeros((), device=device, dtype=dtype_of(config))
+        with one_thread():
+            on_device = network.to(device)
+            dealt = compute_here(on_device, config, config.evaluate, World(), like, on_batch)
+            found = dict(dealt(subjects))
+            network.cpu()
+        return found
+
+    return compute
+
+
+def compute_on_ray(network: nn.Module, config: RunConfig, workers: int, progress: Progress) -> Dealt:
+    """Spread over `workers` Ray actors, a GPU each where the cluster has as many."""
+
+    def compute(subjects: Subjects) -> dict[Pass, Tensor]:
+        with ray_session(workers) as cluster:
+            import ray
+
+            progress.begin(subjects)
+            gpus = config.device == "cuda" or (config.device == "auto" and cluster.gpus >= workers)
+            actor = ray.remote(num_cpus=1, num_gpus=1 if gpus else 0)(_Evaluator)
+            held = ray.put((network, config))
+            actors = [actor.remote(held, rank, workers) for rank in range(workers)]
+            images = {name: ray.put(subjects.of(name)) for name in {which.images for which in subjects.passes}}
+            pending: dict[Any, Pass] = {
+                one.run.remote(which, images[which.images]): which for which in subjects.passes for one in actors
+            }
+            found: dict[Pass, Tensor] = {}
+            while pending:
+                (ready, *_), _ = ray.wait(list(pending))
+                which = pending.pop(ready)
+                part = ray.get(ready)
+                found[which] = found[which] + part if which in found else part.clone()
+                progress.add(subjects.cost(which) // workers)
+            return {which: found[which] for which in subjects.passes}
+
+    return compute
+
+
+class _Evaluator:
+    """A Ray actor: it has the network, and computes its share of the batches of each pass."""
+
+    def __init__(self, held: tuple[nn.Module, RunConfig], rank: int, workers: int) -> None:
+        self.network, self.config = held
+        torch.set_num_threads(1)
+        cuda = self.config.device != "cpu" and torch.cuda.is_available()
+        self.like = torch.zeros((), device="cuda" if cuda else "cpu", dtype=dtype_of(self.config))
+        self.network.to(self.like.device)
+        self.part = Part(rank, workers)
+
+    def run(self, which: Pass, images: Tensor) -> Tensor:
+        settings = self.config.evaluate
+        return run_pass(self.network, which, images, self.config, settings, self.part, self.like).cpu()
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

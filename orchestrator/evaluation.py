@@ -1,0 +1,194 @@
+"""`jobs/evaluate.py`: one model, or two side by side, measured once, kept beside the run and told to its MLflow run.
+
+    HOME/evaluations/SUITE-KEY/report.json, outputs.safetensors, *.png, model_card.md
+
+KEY is a digest of the model, the data, the sets and the settings: what was measured once is read, not computed.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from jem.data.sources import load
+from jem.errors import ConfigError, DataError, Problem
+from jem.evaluate import others
+from jem.evaluate.against import against as compare
+from jem.evaluate.measured import Measured
+from jem.evaluate.report import SCHEMA
+from jem.evaluate.suite import FAST_SETS, Dealt, evaluate
+from jem.settings import digest
+from orchestrator.evaluate_on import Progress, compute_in_this_process, compute_on_ray
+from orchestrator.facts import facts
+from orchestrator.opened import Opened, open_model
+from orchestrator.report_files import served_of, whole_folder, write_report
+from orchestrator.report_pictures import against_picture, against_reliability
+from orchestrator.report_table import show_against, show_report
+from orchestrator.report_upload import send_report
+from orchestrator.result import Result
+
+VERSION = 1
+"""Of how figures are computed: a change of it makes old reports be computed anew."""
+
+
+@dataclass
+class Evaluated(Result):
+    """`report` is the path of report.json, `against` that of the comparison; `cached`: nothing had to be computed."""
+
+    report: str | None = None
+    against: str | None = None
+    cached: bool = False
+    difference: dict[str, list[float | None]] = field(default_factory=dict)  # first minus second, with its interval
+
+
+def evaluate_model(source: str, other: str | None, arguments: Sequence[str], console: Console) -> Evaluated:
+    """Measure `source`, and `other` beside it; print tables, send everything to MLflow."""
+    workers, arguments = _workers(arguments)
+    opened = [open_model(s, arguments if s == source else _shared(arguments)) for s in (source, other) if s is not None]
+    if any(one.config.evaluate.suite == "none" for one in opened):
+        raise ConfigError([Problem("evaluate.suite", "is none, which measures nothing; give fast or full")])
+    done = [report_of(one, workers) for one in opened]
+    first = done[0]
+    if other is None:
+        show_report(first.report, console)
+    result = Evaluated(
+        name=opened[0].name,
+        step=opened[0].step,
+        checkpoint=opened[0].checkpoint,
+        weights=opened[0].weights,
+        metrics=first.report["metrics"],
+        status="finished",
+        report=str(first.folder / "report.json"),
+        cached=all(each.cached for each in done),
+    )
+    if len(done) == 2:
+        comparison = _against(done[0], done[1])
+        found = json.loads((comparison / "against.json").read_text())
+        show_against(found, console)
+        result.against = str(comparison / "against.json")
+        result.difference = {_row_key(row): row["difference"] for row in found["rows"]}
+    faults = []
+    for one, each in zip(opened, done, strict=True):
+        run_id, uri, fault = send_report(one, each.report, each.folder)
+        if one is opened[0]:
+            result.run_id, result.tracking_uri = run_id, uri
+        faults += [fault] if fault else []
+    for each in done:
+        console.print(f"report: {each.folder / 'report.json'}", soft_wrap=True, highlight=False)
+    result.message = "; ".join(faults)
+    return result
+
+
+@dataclass(frozen=True)
+class Done:
+    """An evaluation as it lies on the disk."""
+
+    folder: Path
+    report: dict[str, Any]
+    cached: bool
+
+
+def report_of(opened: Opened, workers: int = 1) -> Done:
+    """The report of a model, from the disk where it was made before."""
+    folder = _home(opened) / "evaluations" / f"{opened.config.evaluate.suite}-{_key(opened)}"
+    if (folder / "report.json").exists():
+        return Done(folder, json.loads((folder / "report.json").read_text()), cached=True)
+    config = opened.config
+    data = load(config.data)
+    if opened.data_digest not in (None, data.digest):
+        raise DataError(
+            f"data.name={config.data.name}: the images or labels are not those that {opened.source} was trained with "
+            f"(digest {data.digest[:12]}, its own {str(opened.data_digest)[:12]}); say where they are with data.root="
+        )
+    network = opened.network()
+    with Progress(opened.name) as progress:
+        compute: Dealt
+        if workers > 1 or os.environ.get("RAY_ADDRESS"):
+            compute = compute_on_ray(network, config, workers, progress)
+        else:
+            compute = compute_in_this_process(network, config, progress)
+        report, measured = evaluate(network, data, config, config.evaluate, compute)
+    report["model"] |= {
+        "source": opened.source,
+        "name": opened.name,
+        "digest": opened.digest,
+        "step": opened.step,
+        "weights": opened.weights,
+        "checkpoint": opened.checkpoint,
+        "config": config.science,
+    }
+    report["facts"] = {**facts(), **{f"training.{key}": value for key, value in opened.facts.items()}}
+    write_report(report, measured, folder, served_of(opened.run_folder, opened.digest))
+    return Done(folder, json.loads((folder / "report.json").read_text()), cached=False)
+
+
+def _against(first: Done, second: Done) -> Path:
+    """The comparison of two reports, kept beside the first."""
+    folder = first.folder.parent / f"{first.folder.name}-against-{second.report['model']['digest'][:8]}"
+    outputs = [Measured.load(each.folder / "outputs.safetensors") for each in (first, second)]
+    comparison = compare((first.report, outputs[0]), (second.report, outputs[1]))
+
+    def fill(target: Path) -> None:
+        (target / "against.png").write_bytes(against_picture(comparison))
+        (target / "against_reliability.png").write_bytes(against_reliability(first.report, second.report))
+        (target / "against.json").write_text(json.dumps(comparison, indent=1, allow_nan=False))
+
+    whole_folder(folder, fill)
+    return folder
+
+
+def _key(opened: Opened) -> str:
+    """Names what is measured: equal keys, equal figures."""
+    settings, config = opened.config.evaluate, opened.config
+    names: tuple[str, ...] = FAST_SETS
+    if settings.suite == "full":
+        names = settings.sets or others.default_sets(config.data, opened.image_shape)[0]
+    return digest(
+        {
+            "version": [VERSION, SCHEMA],
+            "model": opened.digest,
+            "data": opened.data_digest or others.fingerprint(config.data.name, config.data),
+            "suite": settings.suite,
+            "noise_std": settings.noise_std,
+            "max_images": settings.max_images,
+            "sets": {name: others.fingerprint(name, config.data) for name in names},
+            "baselines": importlib.util.find_spec("pytorch_ood") is not None,
+            "precision": config.precision,
+            "device": "cpu" if config.device == "cpu" or not torch.cuda.is_available() else "cuda",
+        }
+    )
+
+
+def _home(opened: Opened) -> Path:
+    """Where evaluations are kept: the run's folder where it is on this machine, else the storage."""
+    if opened.run_folder is not None and os.access(opened.run_folder, os.W_OK):
+        return opened.run_folder
+    if "://" in opened.config.storage_path:
+        return Path("~/.cache/jem").expanduser()
+    return Path(opened.config.storage_path).expanduser().absolute()
+
+
+def _workers(arguments: Sequence[str]) -> tuple[int, list[str]]:
+    """`workers=N` and the other arguments."""
+    rest = [a for a in arguments if not a.startswith("workers=")]
+    given = [a.partition("=")[2] for a in arguments if a.startswith("workers=")]
+    if given and not (given[-1].isdecimal() and int(given[-1]) >= 1):
+        raise ConfigError([Problem("workers", f"is {given[-1]!r}, must be a number from 1 up", "command line")])
+    return int(given[-1]) if given else 1, rest
+
+
+def _shared(arguments: Sequence[str]) -> list[str]:
+    """The arguments that concern the second model too: not those that describe the first one's file."""
+    return [a for a in arguments if not a.startswith(("model.", "precision="))]
+
+
+def _row_key(row: dict[str, Any]) -> str:
+    return str(row["metric"]) if row["group"] != "after temperature" else f"after temperature/{row['metric']}"

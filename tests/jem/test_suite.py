@@ -1,0 +1,257 @@
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import average_precision_score, roc_auc_score
+from torch import nn
+from toys import small
+
+from jem.config import EvaluateConfig
+from jem.data.augment import to_float
+from jem.data.splits import DataSet, Split
+from jem.errors import ConfigError, DivergedError
+from jem.evaluate import ood, passes
+from jem.evaluate.against import against
+from jem.evaluate.calibration import confidence_bins, ece
+from jem.evaluate.evaluate import BATCH, validate
+from jem.evaluate.intervals import Interval
+from jem.evaluate.measured import Measured
+from jem.evaluate.passes import Part, Pass, run_pass
+from jem.evaluate.report import plain
+from jem.evaluate.suite import compute_here, evaluate, prepare
+from jem.world import World
+
+LIKE = torch.zeros(())
+CONFIG = small(data__name="parquet", data__root="/nowhere", data__crop_padding=0)  # images of no known data set
+MADE = ("interp", "uniform", "gaussian", "constant", "rot90")
+FULL = EvaluateConfig(suite="full", sets=MADE)
+FEW = EvaluateConfig(suite="full", sets=("interp", "rot90"))
+ALL_SCORES = {"log_px", "max_py", "approx_mass", "refine", "refine_l2"} | {
+    *("msp", "energy", "odin", "mahalanobis", "vim", "knn")
+}
+
+
+def checkerboard(n, generator):
+    """Two classes: the brightness of the left half says which."""
+    labels = torch.arange(n) % 2
+    images = torch.randint(0, 40, (n, 1, 4, 4), generator=generator)
+    images[:, :, :, :2] += (215 * labels)[:, None, None, None]
+    return Split(images.to(torch.uint8), labels)
+
+
+class Knowing(nn.Module):
+    """It knows the data: log p(x) is high where the halves are flat, as no noise and no mixture is."""
+
+    def __init__(self):
+        super().__init__()
+        self.value = nn.Parameter(torch.tensor([-0.84, 0.84]))
+
+    def forward(self, x):
+        left, right = x[:, 0, :, :2].flatten(1), x[:, 0, :, 2:].flatten(1)
+        fit = -20 * ((left[:, None] - self.value[None, :, None]) ** 2).sum(2)
+        return fit - 20 * ((right + 0.84) ** 2).sum(1)[:, None]
+
+
+def network(seed=0, classes=2):
+    """Sure of itself, and often wrong."""
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.Tanh(), nn.Linear(8, classes)).requires_grad_(False).eval()
+
+
+def trained(data):
+    """Surer than it should be: it has learnt its few training images by heart."""
+    net = network().requires_grad_(True)
+    optimizer = torch.optim.Adam(net.parameters(), 0.05)
+    for _ in range(60):
+        images = to_float(data.train.images)
+        nn.functional.cross_entropy(net(images), data.train.labels).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return net.requires_grad_(False)
+
+
+@pytest.fixture
+def data(generator):
+    splits = [checkerboard(n, generator) for n in (80, 40, BATCH + 20)]
+    noisy = splits[2].labels.clone()
+    noisy[::5] = 1 - noisy[::5]  # else a network that separates them would be right throughout
+    flipped = Split(
+        splits[1].images, splits[1].labels.roll(7) * (torch.arange(40) < 9) + splits[1].labels * (torch.arange(40) >= 9)
+    )
+    return DataSet("toy", splits[0], flipped, Split(splits[2].images, noisy), ("dark", "light"))
+
+
+def run(net, data, settings=FULL, config=CONFIG):
+    return evaluate(net, data, config, settings, compute_here(net, config, settings, World(), LIKE))
+
+
+def test_the_fast_suite_finds_a_good_classifier_and_density_and_reports_every_figure(generator):
+    split = checkerboard(60, generator)
+    data, net = DataSet("toy", split, split, split, ("dark", "light")), Knowing().requires_grad_(False)
+    report, _ = run(net, data, EvaluateConfig())
+    metrics = report["metrics"]
+    names = {f"ood/{s}/{score}/auroc" for s in ("interp", "uniform") for score in ("log_px", "max_py", "approx_mass")}
+    calibration = ("ece", "ece_equal_mass", "mce", "ece_classwise", "brier", "nll")
+    names |= {f"{part}/{key}" for part in ("test", "test_scaled") for key in calibration}
+    assert set(metrics) == names | {"test/accuracy", "val/temperature"}
+    assert metrics["test/accuracy"] == 1
+    assert metrics["test/nll"] < 1e-3
+    assert metrics["ood/uniform/log_px/auroc"] == 1  # in-distribution is positive, scores rise with it
+    assert metrics["ood/interp/log_px/auroc"] == 1
+    assert metrics["ood/interp/max_py/auroc"] > 0.9
+    assert metrics["ood/uniform/approx_mass/auroc"] > 0.9
+    validated = validate(net, split, EvaluateConfig(), World(), LIKE)
+    assert validated == {key: metrics[f"test/{key}"] for key in validated}
+    assert report["ood"]["uniform"]["called_outside"] == [1, 1, 1]
+
+
+def test_the_full_suite_measures_every_score_against_every_set_and_its_figures_are_those_of_the_outputs(data):
+    report, measured = run(network(), data)
+    assert set(report["ood"]) == set(MADE)
+    assert not report["left_out"]
+    for name, found in report["ood"].items():
+        assert set(found["scores"]) == ALL_SCORES
+        for score, figures in found["scores"].items():
+            inside, outside = measured.scores["test"][score].numpy(), measured.scores[name][score].numpy()
+            values, truth = np.concatenate([inside, outside]), np.repeat([1, 0], [len(inside), len(outside)])
+            assert figures["auroc"][0] == pytest.approx(roc_auc_score(truth, values), abs=1e-12)
+            assert figures["aupr_in"][0] == pytest.approx(average_precision_score(truth, values), abs=1e-12)
+            assert figures["aupr_out"][0] == pytest.approx(average_precision_score(1 - truth, -values), abs=1e-12)
+            for value, low, high in figures.values():
+                assert low <= value <= high
+            assert report["metrics"][f"ood/{name}/{score}/auroc"] == figures["auroc"][0]
+            assert sum(report["histograms"][score]["counts"][name]) == len(outside)
+            assert report["roc"][name][score]["fpr"][-1] == report["roc"][name][score]["tpr"][-1] == 1
+    assert json.loads(json.dumps(report, allow_nan=False))["metrics"] == report["metrics"]
+
+
+def test_temperature_and_threshold_are_of_the_validation_split_alone(data):
+    report, measured = run(trained(data), data, EvaluateConfig())
+    other = replace(data, test=Split(255 - data.test.images, data.test.labels.flip(0)))
+    again, _ = run(trained(data), other, EvaluateConfig())
+    assert again["temperature"] == report["temperature"]
+    assert again["threshold"]["log_px"] == report["threshold"]["log_px"]
+    assert again["test"] != report["test"]
+    t = report["temperature"]["value"]
+    assert t != 1
+    assert report["temperature"]["reason"] == "fitted"
+    scaled = confidence_bins(measured.logits["test"].double() / t, data.test.labels)
+    assert report["test_scaled"]["ece"][0] == ece(scaled)
+    accepted = measured.logits["validation"].logsumexp(dim=1) >= report["threshold"]["log_px"]
+    assert accepted.double().mean() >= 0.95
+
+
+@pytest.mark.parametrize("workers", [2, 3, 5])
+def test_parts_of_any_number_of_workers_add_up_to_the_same_bits(data, workers):
+    net = network()
+    subjects = prepare(net, data, CONFIG, FULL)
+    alone = compute_here(net, CONFIG, FULL, World(), LIKE)(subjects)
+    assert {which.what for which in alone} == set(passes.FORWARDS)
+    for which, whole in alone.items():
+        images = subjects.of(which.images)
+        parts = [run_pass(net, which, images, CONFIG, FULL, Part(rank, workers), LIKE) for rank in range(workers)]
+        assert torch.equal(sum(parts), whole), which
+
+
+def test_two_evaluations_are_equal_but_for_the_clock(data):
+    (one, _), (other, _) = run(network(), data, FEW), run(network(), data, FEW)
+    assert {**one, "seconds": 0} == {**other, "seconds": 0}
+
+
+def test_outputs_come_back_from_the_disk_as_they_were(data, tmp_path):
+    _, measured = run(network(), data, FEW)
+    measured.save(tmp_path / "outputs.safetensors")
+    again = Measured.load(tmp_path / "outputs.safetensors")
+    assert again.outliers == measured.outliers
+    assert torch.equal(again.logits["test"], measured.logits["test"])
+    assert torch.equal(again.labels["validation"], measured.labels["validation"])
+    for name, found in measured.scores.items():
+        assert all(torch.equal(again.scores[name][score], value) for score, value in found.items())
+
+
+def test_a_network_that_ends_in_no_linear_layer_is_compared_with_what_needs_none(data):
+    report, _ = run(Knowing().requires_grad_(False), data)
+    assert {"mahalanobis", "vim", "knn"} <= set(report["left_out"])
+    assert set(report["ood"]["uniform"]["scores"]) == ALL_SCORES - set(report["left_out"])
+    assert "linear layer" in report["left_out"]["vim"]
+
+
+def test_too_few_training_images_leave_out_just_what_needs_them(data, generator):
+    one_class = Split(data.train.images[:40], torch.zeros(40, dtype=torch.int64))
+    report, _ = run(network(), replace(data, train=one_class), FEW)
+    assert set(report["left_out"]) == {"mahalanobis", "knn"}
+    assert "class 1" in report["left_out"]["mahalanobis"]
+    assert "vim" in report["ood"]["interp"]["scores"]
+
+
+def test_two_sets_of_one_name_are_refused(data, tmp_path):
+    with pytest.raises(ConfigError, match=r"evaluate\.sets"):
+        run(network(), data, EvaluateConfig(suite="full", sets=("uniform", "uniform")))
+
+
+def test_a_network_that_has_diverged_is_said_to_have(data):
+    net = network()
+    net[-1].bias.fill_(torch.nan)
+    with pytest.raises(DivergedError):
+        run(net, data, EvaluateConfig())
+
+
+def test_a_score_that_is_no_number_is_left_out_and_the_rest_is_measured(data):
+    """At a step of 1 chains on so steep an energy leave every range."""
+    report, _ = run(Knowing().requires_grad_(False), data)
+    assert {"refine", "refine_l2"} <= set(report["left_out"])
+    assert "not finite" in report["left_out"]["refine"]
+    assert {"log_px", "approx_mass", "msp"} <= set(report["ood"]["uniform"]["scores"])
+
+
+def test_against_itself_nothing_differs_and_against_another_the_difference_is_that_of_the_figures(data):
+    one, other = (run(network(seed), data, FEW) for seed in (0, 3))
+    for report in (one[0], other[0]):
+        report["model"] = {"name": "a", "source": "a", "digest": "0"}
+    assert all(row["difference"] == [0, 0, 0] for row in against(one, one)["rows"])
+    rows = {(row["group"], row["metric"]): row for row in against(one, other)["rows"]}
+    swapped = {(row["group"], row["metric"]): row for row in against(other, one)["rows"]}
+    assert {group for group, _ in rows} == {"classification", "calibration", "after temperature", "ood"}
+    assert len([metric for group, metric in rows if group == "ood"]) == 2 * len(ALL_SCORES)
+    for key, row in rows.items():
+        (a, *_), (b, *_) = row["values"]
+        value, low, high = row["difference"]
+        assert value == pytest.approx(a - b, abs=1e-9), key
+        assert low <= high
+        assert np.allclose(swapped[key]["difference"], [-value, -high, -low], atol=1e-9), key
+    assert rows["calibration", "ece"]["better"] == "lower"
+
+
+def test_a_paired_difference_is_surer_than_two_intervals_where_models_err_alike(data):
+    net = network()
+    nearly = network()
+    nearly[-1].bias.add_(torch.tensor([0.02, 0.0]))
+    one, other = run(net, data, EvaluateConfig()), run(nearly, data, EvaluateConfig())
+    for report in (one[0], other[0]):
+        report["model"] = {"name": "a", "source": "a", "digest": "0"}
+    row = next(r for r in against(one, other)["rows"] if (r["group"], r["metric"]) == ("calibration", "nll"))
+    widths = [high - low for _, low, high in (*row["values"], row["difference"])]
+    assert widths[2] < 0.2 * min(widths[:2])
+
+
+def test_models_of_different_data_are_not_compared(data, generator):
+    changed = replace(data, test=checkerboard(30, generator))
+    one, other = run(network(), data, EvaluateConfig()), run(network(), changed, EvaluateConfig())
+    with pytest.raises(ConfigError, match="different data"):
+        against(one, other)
+
+
+def test_what_is_undefined_is_none():
+    assert plain(Interval(float("nan"), 0.0, 1.0)) == [None, 0.0, 1.0]
+
+
+def test_passes_that_nobody_needs_are_not_made():
+    assert passes.needed("fast", ("interp",), {}) == [
+        Pass("validation", "logits"),
+        *(Pass(images, what) for images in ("test", "interp") for what in ("logits", "approx_mass")),
+    ]
+    without = passes.needed("full", ("interp",), dict.fromkeys(("odin", "vim"), "why"))
+    assert {which.what for which in without} == {"logits", "approx_mass", "refinement"}
+    assert ood.METRICS == ("auroc", "aupr_in", "aupr_out", "fpr95")

@@ -1,0 +1,244 @@
+"""Evaluations of trained models, by every name that a model has; kept, compared, told to MLflow."""
+
+import io
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from mlflow import MlflowClient
+from rich.console import Console
+from worker_runs import fit, newest, tiny
+
+from jem.config import ModelConfig
+from jem.data.sources import load
+from jem.errors import CheckpointError, ConfigError, DataError
+from jem.evaluate.evaluate import validate
+from jem.files import Location
+from jem.models import make_network
+from jem.predict import Predictor
+from jem.world import World
+from orchestrator import evaluation
+from orchestrator.evaluation import evaluate_model, report_of
+from orchestrator.final_model import write_model
+from orchestrator.opened import open_model
+from orchestrator.runs import RunRecord, read_record, write_config
+
+FAST = "evaluate.suite=fast"
+
+
+def trained(storage, name, *settings):
+    """A finished run, as its driver leaves it."""
+    root = storage / name
+    config = tiny("evaluate.register=true", f"name={name}", *settings)
+    outcome = fit(root, "evaluate.register=true", f"name={name}", *settings)
+    RunRecord(name, config.science, config.digest, "finished").save(Location.of(root))
+    write_config(Location.of(root), config)
+    return root, outcome
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Two runs of the same data, another seed and no chains in the second."""
+    storage = tmp_path_factory.mktemp("storage")
+    first, outcome = trained(storage, "one")
+    second, _ = trained(storage, "two", "objective.p_x_weight=0", "seed=1")
+    return storage, first, second, outcome
+
+
+@pytest.fixture
+def runs(made, tmp_path):
+    """Copies that a test may do with as it likes."""
+    for path in made[1:3]:
+        shutil.copytree(path, tmp_path / "runs" / path.name)
+    return tmp_path / "runs"
+
+
+def say():
+    return Console(file=io.StringIO(), width=120)
+
+
+def evaluated(model, *settings, against=None, console=None):
+    return evaluate_model(str(model), against and str(against), list(settings), console or say())
+
+
+def points(runs, result):
+    client = MlflowClient(f"sqlite:///{runs / 'mlflow.db'}")
+    keys = client.get_run(result.run_id).data.metrics
+    return [(m.key, m.step, m.value) for key in keys for m in client.get_metric_history(result.run_id, key)]
+
+
+def test_a_run_is_evaluated_once_and_then_read_and_mlflow_has_every_figure_once(runs, monkeypatch):
+    uri = f"sqlite:///{runs / 'mlflow.db'}"
+    experiment = MlflowClient(uri).create_experiment("jem", str(runs / "mlartifacts"))
+    own = MlflowClient(uri).create_run(experiment, run_name="one").info.run_id
+    MlflowClient(uri).log_metric(own, "test/accuracy", 0.125, step=12)  # of the suite at the end of the training
+    record = read_record(Location.of(runs / "one"))
+    record.mlflow = {"uri": uri, "experiment": "jem", "run_id": own}
+    record.save(Location.of(runs / "one"))
+    first = evaluated(runs / "one", FAST)
+    assert first.run_id == own
+    assert (first.status, first.name, first.step, first.cached) == ("finished", "one", 12, False)
+    report = json.loads(Path(first.report).read_text())
+    assert Path(first.report).is_relative_to(runs / "one" / "evaluations")
+    assert report["metrics"] == first.metrics
+    assert {"reliability.png", "confusion.png", "ood.png", "model_card.md"} <= {
+        path.name for path in Path(first.report).parent.iterdir()
+    }
+    config = tiny()
+    data, opened = load(config.data), open_model(str(runs / "one"))
+    by_hand = validate(opened.network(), data.test, config.evaluate, World(), torch.zeros(()))
+    assert by_hand == {key: first.metrics[f"test/{key}"] for key in by_hand}
+
+    def never(*_):
+        raise AssertionError("it was measured before")
+
+    monkeypatch.setattr(evaluation, "evaluate", never)
+    again = evaluated(runs / "one" / "checkpoints" / "12", FAST)
+    assert (again.cached, again.metrics, again.run_id) == (True, first.metrics, first.run_id)
+    sent = [(key, 12, value) for key, value in first.metrics.items()]
+    assert sorted(points(runs, first)) == sorted([*sent, ("test/accuracy", 12, 0.125)])
+    assert MlflowClient(uri).get_run(own).data.metrics == first.metrics, "the newest is shown"
+    client = MlflowClient(f"sqlite:///{runs / 'mlflow.db'}")
+    folder = f"evaluations/{Path(first.report).parent.name}"
+    assert f"{folder}/report.json" in [file.path for file in client.list_artifacts(first.run_id, folder)]
+    with pytest.raises(AssertionError):
+        evaluated(runs / "one", FAST, "evaluate.noise_std=0.1")
+
+
+def test_all_names_of_a_model_lead_to_the_same_figures(runs, made):
+    *_, outcome = made
+    checkpoint = runs / "one" / "checkpoints" / "12"
+    config = tiny("evaluate.register=true", "name=one")
+    event = write_model(runs / "one", config, outcome | {"checkpoint": str(checkpoint)}, {"name": "one"})
+    folder = runs / "one" / event["path"]
+    reports = []
+    for name in (runs / "one", checkpoint, folder):
+        opened = open_model(str(name), [FAST, f"storage_path={runs / 'elsewhere'}"])
+        assert (opened.step, opened.weights, opened.digest) == (
+            12,
+            "model",
+            newest(runs / "one").files["model.safetensors"]["sha256"],
+        )
+        reports.append(report_of(opened).report)
+    assert reports[0]["metrics"] == reports[1]["metrics"] == reports[2]["metrics"]
+    answers = Predictor.load(folder)(load(config.data).test.images.permute(0, 2, 3, 1).numpy())
+    labels = load(config.data).test.labels.numpy()
+    assert np.mean(answers.index == labels) == pytest.approx(reports[0]["metrics"]["test/accuracy"])
+    assert answers.log_density.shape == labels.shape
+    assert Predictor.load(folder).card.temperature == reports[0]["temperature"]["value"]
+    assert Predictor.load(folder).card.threshold == reports[0]["threshold"]["log_px"]
+
+
+def test_two_models_are_compared_on_the_same_images(runs):
+    text = io.StringIO()
+    result = evaluated(runs / "one", FAST, against=runs / "two", console=Console(file=text, width=120))
+    rows = json.loads(Path(result.against).read_text())["rows"]
+    one, two = (report_of(open_model(str(runs / name), [FAST])).report for name in ("one", "two"))
+    accuracy = next(row for row in rows if row["metric"] == "accuracy")
+    assert accuracy["values"] == [one["test"]["accuracy"], two["test"]["accuracy"]]
+    assert result.difference["accuracy"] == accuracy["difference"]
+    assert accuracy["difference"][0] == pytest.approx(one["test"]["accuracy"][0] - two["test"]["accuracy"][0])
+    assert {"against.png", "against_reliability.png"} <= {path.name for path in Path(result.against).parent.iterdir()}
+    assert "difference" in text.getvalue() or "A - B" in text.getvalue()
+    client = MlflowClient(f"sqlite:///{runs / 'mlflow.db'}")
+    folder = f"evaluations/{Path(result.against).parent.name}"
+    assert f"{folder}/against.json" in [file.path for file in client.list_artifacts(result.run_id, folder)]
+
+
+@pytest.mark.ray
+def test_figures_are_the_same_bits_on_two_ray_workers_as_on_none(runs):
+    settings = ("evaluate.suite=full", "evaluate.sets=[interp,uniform]")
+    alone = evaluated(runs / "one", *settings)
+    outputs = (Path(alone.report).parent / "outputs.safetensors").read_bytes()
+    shutil.rmtree(Path(alone.report).parent)
+    spread = evaluated(runs / "one", *settings, "workers=2")
+    assert not spread.cached
+    assert spread.metrics == alone.metrics
+    assert (Path(spread.report).parent / "outputs.safetensors").read_bytes() == outputs
+    assert {key.split("/")[1] for key in spread.metrics if key.startswith("ood/")} == {"interp", "uniform"}
+
+
+def test_mlflow_that_is_away_costs_no_figure_and_gets_them_the_next_time(runs):
+    blocked = runs / "blocked"
+    blocked.write_text("a file where a folder should be")
+    uri = f"tracking.uri=sqlite:///{blocked}/mlflow.db"
+    first = evaluated(runs / "one", FAST, uri)
+    assert first.status == "finished"
+    assert "the same command sends it again" in first.message
+    blocked.unlink()
+    again = evaluated(runs / "one", FAST, uri)
+    assert (again.message, again.cached) == ("", True)
+    client = MlflowClient(f"sqlite:///{blocked}/mlflow.db")
+    assert client.get_run(again.run_id).data.metrics == pytest.approx(first.metrics)
+
+
+def released(path):
+    """A file in the layout of the paper's code (see tests/jem/test_released.py for what is read from it)."""
+    torch.manual_seed(0)
+    network = make_network(ModelConfig(name="wide_resnet", depth=10, width=1), (3, 32, 32), 10)
+    ours = {key.replace("shortcut.", "shortcut.0."): value for key, value in network.state_dict().items()}
+    theirs = {key if key.startswith("class_output") else f"f.{key}": value for key, value in ours.items()}
+    heads = {"energy_output.weight": torch.zeros(1, 64), "energy_output.bias": torch.zeros(1)}
+    torch.save({"model_state_dict": theirs | heads, "replay_buffer": torch.zeros(4, 3, 32, 32)}, path)
+
+
+def forty(_config):
+    images = torch.randint(0, 256, (40, 3, 32, 32), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    labels = torch.arange(40) % 10
+    parts = {"train": slice(0, 20), "validation": slice(20, 30), "test": slice(30, 40)}
+    return {name: (images[rows], labels[rows]) for name, rows in parts.items()}
+
+
+def test_a_released_checkpoint_is_evaluated_and_its_mlflow_run_is_its_own(tmp_path):
+    released(tmp_path / "jem.pt")
+    settings = ("data.name=test_evaluation:forty", FAST, f"storage_path={tmp_path}")
+    result = evaluated(tmp_path / "jem.pt", *settings)
+    assert (result.name, result.step, result.cached, result.message) == ("jem", None, False, "")
+    again = evaluated(tmp_path / "jem.pt", *settings)
+    assert (again.cached, again.run_id) == (True, result.run_id)
+    assert sorted(points(tmp_path, result)) == sorted((key, 0, value) for key, value in result.metrics.items())
+    with pytest.raises(DataError, match="10 classes"):
+        evaluated(tmp_path / "jem.pt", "data.name=cifar100", FAST)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("sgld.steps=3",), "sgld.steps"),
+        (("evaluate.suite=none",), "evaluate.suite"),
+        (("evaluate.suite=quick",), "evaluate.suite"),
+        (("workers=0",), "workers"),
+        (("evaluate.suite=full", "evaluate.sets=[unifrom]"), "uniform"),
+        (("evaluate.suite=full", "evaluate.sets=[digits]"), "digits"),
+    ],
+)
+def test_what_cannot_be_asked_is_said_before_anything_is_written(runs, arguments, said):
+    with pytest.raises(ConfigError, match=said):
+        evaluated(runs / "one", *arguments)
+    assert not (runs / "one" / "evaluations").exists()
+    assert not (runs / "mlflow.db").exists()
+
+
+def test_what_is_no_model_is_said_to_be_none(tmp_path, runs):
+    for name in (tmp_path / "nowhere", tmp_path):
+        with pytest.raises(ConfigError, match="checkpoint directory"):
+            open_model(str(name))
+    (tmp_path / "empty" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match="no checkpoint"):
+        open_model(str(tmp_path / "empty"))
+    weights = runs / "one" / "checkpoints" / "12" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors"):
+        evaluated(runs / "one", FAST)
+    assert not (runs / "one" / "evaluations").exists()
+
+
+def test_data_that_are_not_those_of_the_training_are_named(runs, monkeypatch):
+    manifest = runs / "one" / "checkpoints" / "12" / "manifest.json"
+    opened = open_model(str(manifest.parent), [FAST])
+    with pytest.raises(DataError, match=r"data\.root"):
+        report_of(replace(opened, data_digest="0" * 64))

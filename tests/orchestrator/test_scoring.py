@@ -1,0 +1,569 @@
+"""What jobs/score.py plans, reads, writes, goes on with and refuses. Ray's place is taken by a loop in this process."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from jem.config import DataConfig, JEMConfig, ModelConfig
+from jem.data import parquet
+from jem.data.rows import write_rows
+from jem.data.sources import load
+from jem.errors import CheckpointError, ConfigError, DataError, JEMError
+from jem.files import Location
+from jem.models import make_network
+from jem.predict import BATCH, CARD, WEIGHTS, Card, Predictor, save
+from jem.settings import flatten
+from orchestrator import score_ray, scoring
+from orchestrator.score_images import problem_of, to_pixels
+from orchestrator.score_rows import score_unit
+from orchestrator.score_units import Columns, make_plan
+
+SHAPE = (3, 4, 6)
+CLASSES = ("cat", "dog", "ant")
+
+
+def make_model(folder, shape=SHAPE, classes=CLASSES, layout="NHWC", seed=0, **changes):
+    config = JEMConfig(seed=0, model=ModelConfig(name="small_conv", channels=(4, 8)))
+    torch.manual_seed(seed)
+    network = make_network(config.model, shape, len(classes))
+    for parameter in network.parameters():
+        parameter.data.mul_(3)
+    values = {"temperature": 2.0, "threshold": 1.0, "digest": f"{seed}" * 64} | changes
+    save(folder, Card(flatten(config), shape, classes, layout=layout, dtype="uint8", **values), network.state_dict())
+    return folder
+
+
+def pictures(n, shape=SHAPE, seed=0):
+    """uint8 [n, c, h, w]."""
+    return np.random.default_rng(seed).integers(0, 256, (n, *shape), dtype=np.uint8)
+
+
+def png(image, kind="PNG"):
+    buffer = io.BytesIO()
+    Image.fromarray(image.transpose(1, 2, 0).squeeze()).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def write_data(path, images, group=None, **columns):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tensors = pa.FixedShapeTensorArray.from_numpy_ndarray(np.ascontiguousarray(images))
+    pq.write_table(pa.table({"image": tensors, **columns}), path, row_group_size=group or len(images))
+    return images
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return make_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def scored_units(monkeypatch):
+    """The numbers of the units that are scored from here on, in this process."""
+    seen = []
+
+    def loop(folder, work, units, workers, device, done):
+        predictor = Predictor.load(folder)
+        for unit in units:
+            score_unit(predictor, work, unit)
+            seen.append(unit.number)
+            done(unit.rows)
+
+    monkeypatch.setattr(score_ray, "score_on_ray", loop)
+    return seen
+
+
+def score(model, data, out, *changes):
+    stream = io.StringIO()
+    result = scoring.score(str(model), str(data), str(out), changes, stream)
+    result.said = stream.getvalue()
+    return result
+
+
+def scores(out):
+    """All scores, in the order of the units."""
+    return pa.concat_tables([pq.read_table(path) for path in sorted(out.glob("scores-*.parquet"))])
+
+
+def contents(out):
+    return {path.name: path.read_bytes() for path in out.iterdir()}
+
+
+# planning
+
+
+def units_of(tmp_path, groups, rows_per_unit):
+    """(start, rows, first row group, rows of it to skip) of the units of a file with such row groups."""
+    path = tmp_path / "data.parquet"
+    images = pa.FixedShapeTensorArray.from_numpy_ndarray(pictures(sum(groups)))
+    table = pa.table({"image": images})
+    with pq.ParquetWriter(path, table.schema) as writer:
+        for stop, rows in zip(np.cumsum(groups), groups, strict=True):
+            writer.write_table(table.slice(stop - rows, rows))
+    plan = make_plan(Location.of(path), None, Columns("image", None, ()), rows_per_unit, SHAPE)
+    assert [unit.number for unit in plan.units] == list(range(len(plan.units)))
+    assert plan.rows == sum(groups)
+    return [(u.start, u.rows, u.first, u.stop, u.skip) for u in plan.units]
+
+
+def test_units_are_whole_row_groups_as_long_as_these_fit(tmp_path):
+    assert units_of(tmp_path, [4, 4, 4, 3], 9) == [(0, 8, 0, 2, 0), (8, 7, 2, 4, 0)]
+    assert units_of(tmp_path, [4, 4], 8) == [(0, 8, 0, 2, 0)]
+    assert units_of(tmp_path, [4, 4], 4) == [(0, 4, 0, 1, 0), (4, 4, 1, 2, 0)]
+
+
+def test_a_row_group_larger_than_a_unit_is_cut_itself(tmp_path):
+    expected = [(0, 2, 0, 1, 0), (2, 4, 1, 2, 0), (6, 4, 1, 2, 4), (10, 1, 1, 2, 8), (11, 3, 2, 3, 0)]
+    assert units_of(tmp_path, [2, 9, 3], 4) == expected
+
+
+def test_files_without_rows_are_passed_over_and_none_with_rows_is_an_error(tmp_path, model):
+    write_data(tmp_path / "d" / "b.parquet", pictures(3))
+    empty = pq.read_table(tmp_path / "d" / "b.parquet").slice(0, 0)
+    pq.write_table(empty, tmp_path / "d" / "a.parquet")
+    columns = Columns("image", "label", ())
+    plan = make_plan(Location.of(tmp_path / "d"), None, columns, 10, SHAPE)
+    assert [unit.file for unit in plan.units] == ["b.parquet"]
+    (tmp_path / "d" / "b.parquet").unlink()
+    with pytest.raises(DataError, match="holds no rows"):
+        make_plan(Location.of(tmp_path / "d"), None, columns, 10, SHAPE)
+
+
+def test_files_below_a_folder_are_found_and_hidden_ones_left_alone(tmp_path):
+    for name in ("b/2.parquet", "a.parquet", ".hidden/1.parquet", "_tmp/1.parquet", "b/_1.parquet"):
+        write_data(tmp_path / name, pictures(2))
+    (tmp_path / "README.txt").write_text("no data")
+    plan = make_plan(Location.of(tmp_path), None, Columns("image", "label", ()), 10, SHAPE)
+    assert [unit.file for unit in plan.units] == ["a.parquet", "b/2.parquet"]
+
+
+# reading images
+
+
+def encodings(images):
+    chw = images.tolist()
+    fixed = pa.array(chw, pa.list_(pa.list_(pa.list_(pa.uint8(), 6), 4), 3))
+    encoded = [png(image) for image in images]
+    return {
+        "tensor": pa.FixedShapeTensorArray.from_numpy_ndarray(images),
+        "int64 lists": pa.array(chw),
+        "uint8 lists": pa.array(chw, pa.large_list(pa.list_(pa.list_(pa.uint8())))),
+        "fixed size lists": fixed,
+        "png": pa.array(encoded),
+        "large binary": pa.array(encoded, pa.large_binary()),
+        "hugging face": pa.array([{"bytes": data, "path": None} for data in encoded]),
+    }
+
+
+@pytest.mark.parametrize("name", list(encodings(pictures(1))))
+def test_every_encoding_gives_the_same_pixels_also_of_a_slice(name):
+    images = pictures(7)
+    column = encodings(images)[name]
+    assert problem_of(column.type, SHAPE) is None
+    np.testing.assert_array_equal(to_pixels(column, SHAPE, str), images)
+    np.testing.assert_array_equal(to_pixels(column.slice(2, 3), SHAPE, str), images[2:5])
+
+
+def test_one_channel_may_be_left_out_of_lists_and_grey_pngs_are_read():
+    images = pictures(3, (1, 4, 6))
+    for column in (pa.array(images[:, 0].tolist()), pa.array([png(image) for image in images])):
+        assert problem_of(column.type, (1, 4, 6)) is None
+        np.testing.assert_array_equal(to_pixels(column, (1, 4, 6), str), images)
+
+
+def test_a_jpeg_is_decoded_as_pillow_does():
+    image = pictures(1)[0]
+    data = png(image, "JPEG")
+    expected = np.asarray(Image.open(io.BytesIO(data))).transpose(2, 0, 1)
+    np.testing.assert_array_equal(to_pixels(pa.array([data]), SHAPE, str)[0], expected)
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        pa.FixedShapeTensorArray.from_numpy_ndarray(pictures(2, (4, 6, 3))),
+        pa.FixedShapeTensorArray.from_numpy_ndarray(pictures(2).astype(np.float32)),
+        pa.array(pictures(2)[:, 0].tolist()),
+        pa.array((pictures(2) / 255).tolist()),
+        pa.array(["a.png", "b.png"]),
+        pa.array([{"path": "a.png"}]),
+    ],
+    ids=["other shape", "float tensors", "no channels", "float lists", "names", "path only"],
+)
+def test_a_column_of_another_kind_is_seen_before_it_is_read(column):
+    assert problem_of(column.type, SHAPE)
+
+
+def second(good, bad):
+    return [good, bad, good]
+
+
+def bad_columns():
+    image = pictures(1)[0]
+    wide, grey = np.zeros((3, 4, 7), np.uint8), np.zeros((1, 4, 6), np.uint8)
+    rgba = io.BytesIO()
+    Image.new("RGBA", (6, 4)).save(rgba, "PNG")
+    ok, too_big = image.tolist(), image.astype(int)
+    too_big[1, 2, 3] = 256
+    ragged = image.tolist()
+    ragged[2][3].append(1)
+    with_null = image.tolist()
+    with_null[0][0][5] = None
+    return {
+        "another size": (pa.array(second(png(image), png(wide))), "a PNG of 7 x 4 pixels, mode RGB"),
+        "another mode": (pa.array(second(png(image), png(grey))), "mode L"),
+        "with alpha": (pa.array(second(png(image), rgba.getvalue())), "mode RGBA"),
+        "half a png": (pa.array(second(png(image), png(image)[:60])), "no readable image"),
+        "no image": (pa.array(second(png(image), b"hello")), "no readable image"),
+        "null": (pa.array(second(png(image), None)), "has no image"),
+        "null bytes": (pa.array(second({"bytes": png(image)}, {"bytes": None})), "has no image bytes"),
+        "out of range": (pa.array(second(ok, too_big.tolist())), "holds 256"),
+        "negative": (pa.array(second(ok, (-image.astype(int) - 1).tolist())), "holds -"),
+        "ragged": (pa.array(second(ok, ragged)), "a list of 7 at depth 3, where 6 belong"),
+        "channels last": (pa.array(second(ok, image.transpose(1, 2, 0).tolist())), "a list of 4 at depth 1"),
+        "null inside": (pa.array(second(ok, with_null)), "holds a null"),
+    }
+
+
+@pytest.mark.parametrize("name", list(bad_columns()))
+def test_an_image_that_cannot_be_scored_is_named_with_what_was_expected(name):
+    column, message = bad_columns()[name]
+    with pytest.raises(DataError, match=message) as caught:
+        to_pixels(column, SHAPE, lambda i: f"f.parquet, row {10 + i}")
+    assert str(caught.value).startswith("f.parquet, row 11: ")
+    assert "expected uint8 [3, 4, 6] as tensors or lists, or PNG or JPEG of 6 x 4 pixels" in str(caught.value)
+
+
+# scoring
+
+
+@pytest.mark.parametrize("layout", ["NHWC", "NCHW"])
+def test_scores_are_what_the_predictor_says_of_each_units_images(tmp_path, scored_units, layout):
+    model = make_model(tmp_path / "model", layout=layout)
+    a = write_data(tmp_path / "data" / "a.parquet", pictures(700, seed=1), group=100)
+    b = write_data(tmp_path / "data" / "b.parquet", pictures(350, seed=2))
+    result = score(model, tmp_path / "data", tmp_path / "out", "rows_per_unit=600")
+    assert scored_units == [0, 1, 2]
+    parts, predictor = [a[:600], a[600:], b], Predictor.load(model)
+    expected = [predictor(x.transpose(0, 2, 3, 1) if layout == "NHWC" else x) for x in parts]
+    table = scores(tmp_path / "out")
+    for name in ("index", "probability", "log_density", "in_distribution"):
+        together = np.concatenate([getattr(p, name) for p in expected])
+        np.testing.assert_array_equal(table[name].to_numpy(), together, err_msg=name)
+    assert table["label"].to_pylist() == [label for p in expected for label in p.label]
+    probabilities = np.concatenate([p.probabilities for p in expected]).astype(np.float32)
+    np.testing.assert_array_equal(np.array(table["probabilities"].to_pylist(), np.float32), probabilities)
+    assert table["file"].to_pylist() == ["a.parquet"] * 700 + ["b.parquet"] * 350
+    assert table["row"].to_pylist() == [*range(700), *range(350)]
+    kinds = {field.name: str(field.type) for field in table.schema}
+    assert (kinds["row"], kinds["probabilities"]) == ("int64", "list<element: float>")
+    assert result.rows == 1050
+    assert result.units == 3
+
+
+def test_a_row_group_that_is_cut_and_read_in_chunks_gives_each_row_its_own_scores(tmp_path, model, scored_units):
+    images = write_data(tmp_path / "a.parquet", pictures(1300))
+    score(model, tmp_path / "a.parquet", tmp_path / "out", "rows_per_unit=501")
+    predictor = Predictor.load(model)
+    expected = [predictor(images[i : i + 501].transpose(0, 2, 3, 1)).log_density for i in (0, 501, 1002)]
+    table = scores(tmp_path / "out")
+    np.testing.assert_array_equal(table["log_density"].to_numpy(), np.concatenate(expected))
+    assert table["row"].to_pylist() == list(range(1300))
+
+
+def test_how_much_is_read_at_once_changes_no_bit(tmp_path, model, scored_units, monkeypatch):
+    write_data(tmp_path / "a.parquet", pictures(1300), group=130)
+    score(model, tmp_path / "a.parquet", tmp_path / "one")
+    monkeypatch.setattr("orchestrator.score_rows.CHUNK_BATCHES", 2)
+    score(model, tmp_path / "a.parquet", tmp_path / "two")
+    assert pq.ParquetFile(tmp_path / "two" / "scores-00000-of-00001.parquet").num_row_groups == 3, "500, 500, 300"
+    assert BATCH == 250
+    assert scores(tmp_path / "one").equals(scores(tmp_path / "two"))
+
+
+def test_the_file_says_whose_scores_of_what_it_holds_and_its_pages_have_checksums(tmp_path, model, scored_units):
+    write_data(tmp_path / "a.parquet", pictures(20), group=5)
+    score(model, tmp_path / "a.parquet", tmp_path / "out", "rows_per_unit=10")
+    path = tmp_path / "out" / "scores-00001-of-00002.parquet"
+    with pq.ParquetFile(path) as file:
+        content = json.loads(file.metadata.metadata[b"jem.scores"])
+        column = file.metadata.row_group(0).column(1)
+    assert (column.path_in_schema, column.compression) == ("row", "ZSTD")
+    assert (content["schema"], content["model"]["digest"], content["model"]["threshold"]) == (1, "0" * 64, 1.0)
+    unit = content["unit"]
+    assert (unit["file"], unit["bytes"]) == ("a.parquet", (tmp_path / "a.parquet").stat().st_size)
+    assert (unit["first"], unit["stop"], unit["start"], unit["rows"]) == (2, 4, 10, 10)
+    data = bytearray(path.read_bytes())
+    first = column.dictionary_page_offset or column.data_page_offset
+    data[first + column.total_compressed_size - 1] ^= 1  # the last byte of its last page
+    path.write_bytes(data)
+    with pytest.raises(OSError, match=r"(?i)crc|checksum"):
+        pq.read_table(path, page_checksum_verification=True)
+
+
+def test_a_data_set_of_ours_is_scored_by_split_with_its_accuracy(tmp_path, scored_units):
+    digits = load(DataConfig(name="digits"))
+    parquet.write(digits, Location.of(tmp_path / "digits"))
+    model = make_model(tmp_path / "model", digits.image_shape, digits.classes)
+    result = score(model, tmp_path / "digits", tmp_path / "out", "split=test")
+    table = scores(tmp_path / "out")
+    assert table["true_label"].to_pylist() == digits.test.labels.tolist()
+    assert set(table["file"].to_pylist()) == {"test-00000-of-00001.parquet"}
+    right = float(np.mean(table["index"].to_numpy() == digits.test.labels.numpy()))
+    assert result.metrics["accuracy"] == pytest.approx(right)
+    everything = score(model, tmp_path / "digits", tmp_path / "all")
+    assert everything.rows == sum(len(split) for split in digits.splits.values())
+
+
+def test_the_accuracy_is_over_rows_whose_class_the_model_has(tmp_path, model, scored_units):
+    predicted = Predictor.load(model)(pictures(4).transpose(0, 2, 3, 1)).index.tolist()
+    names = [CLASSES[predicted[0]], CLASSES[predicted[1] - 1], "horse", None]
+    numbers = [predicted[0], predicted[1] - 1 if predicted[1] else 2, -1, 99]
+    columns = {
+        "label": pa.array(names).dictionary_encode(),
+        "number": pa.array(numbers, pa.int16()),
+        "id": list("abcd"),
+    }
+    write_data(tmp_path / "a.parquet", pictures(4), **columns)
+    by_name = score(model, tmp_path / "a.parquet", tmp_path / "names", "keep=[id]")
+    by_number = score(model, tmp_path / "a.parquet", tmp_path / "numbers", "label=number")
+    assert by_name.metrics["accuracy"] == by_number.metrics["accuracy"] == 0.5
+    table = scores(tmp_path / "names")
+    assert table["true_label"].to_pylist() == names
+    assert table["id"].to_pylist() == list("abcd")
+    assert scores(tmp_path / "numbers")["true_label"].to_pylist() == numbers
+    without = score(model, tmp_path / "a.parquet", tmp_path / "none", "label=none")
+    assert "accuracy" not in without.metrics
+    assert "true_label" not in scores(tmp_path / "none").column_names
+
+
+def test_the_summary_is_that_of_all_rows(tmp_path, model, scored_units):
+    write_data(tmp_path / "a.parquet", pictures(30), group=7)
+    result = score(model, tmp_path / "a.parquet", tmp_path / "out", "rows_per_unit=7")
+    table, summary = scores(tmp_path / "out"), json.loads((tmp_path / "out" / "scores.json").read_text())
+    assert 0 < summary["in_distribution"] < 1
+    assert summary["in_distribution"] == pytest.approx(np.mean(table["in_distribution"].to_numpy()))
+    assert summary["mean_probability"] == pytest.approx(np.mean(table["probability"].to_numpy()))
+    labels = table["label"].to_pylist()
+    assert summary["predicted"] == {name: labels.count(name) for name in CLASSES}
+    assert summary["rows"] == 30
+    assert [file["rows"] for file in summary["files"]] == [7, 7, 7, 7, 2]
+    assert all((tmp_path / "out" / f["name"]).stat().st_size == f["bytes"] for f in summary["files"])
+    assert result.summary == str(tmp_path / "out" / "scores.json")
+
+
+# going on
+
+
+def test_only_the_units_whose_file_is_missing_are_scored_again(tmp_path, model, scored_units):
+    write_data(tmp_path / "a.parquet", pictures(40), group=10)
+    first = score(model, tmp_path / "a.parquet", tmp_path / "out", "rows_per_unit=10")
+    before = contents(tmp_path / "out")
+    (tmp_path / "out" / "scores-00002-of-00004.parquet").unlink()
+    (tmp_path / "out" / ".scores-00002-of-00004.parquet.abc.tmp").write_bytes(b"half")
+    again = score(model, tmp_path / "a.parquet", tmp_path / "out", "rows_per_unit=10")
+    assert scored_units == [0, 1, 2, 3, 2]
+    assert "going on: 3 of 4 units are scored already" in again.said
+    assert contents(tmp_path / "out") == before, "and what a killed writer left is gone"
+    assert again.json() == first.json()
+
+
+def test_finished_scores_are_read_out_without_asking_anybody(tmp_path, model, scored_units):
+    write_data(tmp_path / "a.parquet", pictures(40))
+    first = score(model, tmp_path / "a.parquet", tmp_path / "out")
+    again = score(model, tmp_path / "a.parquet", tmp_path / "out")
+    assert (again.json(), again.said) == (first.json(), "")
+    assert scored_units == [0]
+    (tmp_path / "out" / "scores.json").unlink()
+    assert score(model, tmp_path / "a.parquet", tmp_path / "out").json() == first.json()
+    assert scored_units == [0], "the summary is made of what the files say of themselves"
+
+
+def test_data_that_were_moved_are_still_the_same_data(tmp_path, model, scored_units):
+    write_data(tmp_path / "here" / "a.parquet", pictures(40))
+    score(model, tmp_path / "here", tmp_path / "out")
+    shutil.move(tmp_path / "here", tmp_path / "there")
+    score(model, tmp_path / "there", tmp_path / "out")
+    assert scored_units == [0]
+
+
+@pytest.mark.parametrize("summary", [True, False], ids=["finished", "unfinished"])
+@pytest.mark.parametrize("what", ["model", "threshold", "data", "more data", "settings"])
+def test_an_out_that_holds_other_scores_is_refused_and_left_as_it_is(tmp_path, scored_units, what, summary):
+    data, out = tmp_path / "data", tmp_path / "out"
+    write_data(data / "a.parquet", pictures(40, seed=1))
+    score(make_model(tmp_path / "m"), data, out)
+    if not summary:
+        (out / "scores.json").unlink()
+    before, other, changes = contents(out), tmp_path / "m", ()
+    if what == "model":
+        other = make_model(tmp_path / "m2", seed=1)
+        message = r"of another model \(digest 000000000000\.\.\., now 111111111111\.\.\.\)"
+    elif what == "threshold":
+        other = make_model(tmp_path / "m2", threshold=2.5)
+        message = r"of another model \(threshold 1.0, now 2.5\)"
+    elif what == "data":
+        write_data(data / "a.parquet", pictures(40, seed=2))
+        message = "of other data"
+    elif what == "more data":
+        write_data(data / "b.parquet", pictures(40))
+        message = r"of other data \(.*files 1, now 2"
+    else:
+        changes, message = ("rows_per_unit=10",), r"made with other settings \(rows_per_unit 50000, now 10\)"
+    with pytest.raises(ConfigError, match=message) as caught:
+        score(other, data, out, *changes)
+    assert "nothing was overwritten; give another OUT" in str(caught.value)
+    assert contents(out) == before
+
+
+def test_a_folder_of_other_things_is_no_out(tmp_path, model, scored_units):
+    write_data(tmp_path / "a.parquet", pictures(4))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").write_text("years of work")
+    with pytest.raises(ConfigError, match=r"holds thesis.tex, which is no file of scores"):
+        score(model, tmp_path / "a.parquet", tmp_path / "out")
+    with pytest.raises(ConfigError, match="is a file, a folder was expected"):
+        score(model, tmp_path / "a.parquet", tmp_path / "out" / "thesis.tex")
+    with pytest.raises(ConfigError, match="is inside DATA"):
+        score(model, tmp_path, tmp_path / "scores")
+    assert scored_units == []
+
+
+def test_a_file_of_scores_that_is_damaged_is_named(tmp_path, model, scored_units):
+    write_data(tmp_path / "a.parquet", pictures(20), group=10)
+    score(model, tmp_path / "a.parquet", tmp_path / "out", "rows_per_unit=10")
+    (tmp_path / "out" / "scores-00001-of-00002.parquet").write_bytes(b"PAR1")
+    with pytest.raises(DataError, match=r"scores-00001-of-00002.parquet: is no whole file of scores .*; delete it"):
+        score(model, tmp_path / "a.parquet", tmp_path / "out", "rows_per_unit=10")
+
+
+def test_two_commands_do_not_write_to_one_out(tmp_path, model, scored_units):
+    from orchestrator.runs import lock
+
+    write_data(tmp_path / "a.parquet", pictures(4))
+    with (
+        lock(Location.of(tmp_path / "out")),
+        pytest.raises(ConfigError, match=r"out: pid \d+ on .* is writing scores there; wait for it"),
+    ):
+        score(model, tmp_path / "a.parquet", tmp_path / "out")
+    assert scored_units == []
+
+
+# bad data
+
+
+def test_a_bad_image_ends_it_with_file_and_row_and_finished_units_stay(tmp_path, model, scored_units):
+    images = [png(image) for image in pictures(30)]
+    images[17] = png(np.zeros((3, 4, 7), np.uint8))
+    pq.write_table(pa.table({"picture": images}), tmp_path / "a.parquet", row_group_size=10)
+    with pytest.raises(DataError, match=r"a.parquet, row 17: holds a PNG of 7 x 4 pixels, mode RGB; expected uint8"):
+        score(model, tmp_path / "a.parquet", tmp_path / "out", "rows_per_unit=10", "column=picture")
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["scores-00000-of-00003.parquet"]
+
+
+def test_a_damaged_page_is_named_and_nothing_of_its_unit_is_written(tmp_path, model, scored_units):
+    path = tmp_path / "a.parquet"
+    write_rows(str(path), torch.from_numpy(pictures(40)), torch.zeros(40, dtype=torch.int64), 10)
+    data = bytearray(path.read_bytes())
+    offset = pq.ParquetFile(path).metadata.row_group(2).column(0).data_page_offset
+    data[offset + 200] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(DataError, match=r"a.parquet, rows 20 to 29: cannot be read: .*(?i:crc|checksum)"):
+        score(model, path, tmp_path / "out", "rows_per_unit=10")
+    assert scored_units == [0, 1]
+
+
+def test_data_that_are_no_parquet_or_have_no_such_column_are_refused_before_any_is_read(tmp_path, model, scored_units):
+    out = tmp_path / "out"
+    with pytest.raises(ConfigError, match=r"DATA: .*nowhere does not exist"):
+        score(model, tmp_path / "nowhere", out)
+    (tmp_path / "d").mkdir()
+    with pytest.raises(DataError, match=r"holds neither manifest.json nor any \*.parquet"):
+        score(model, tmp_path / "d", out)
+    write_data(tmp_path / "d" / "a.parquet", pictures(4))
+    with pytest.raises(ConfigError, match=r"column: is 'img', but .*a.parquet has the columns image"):
+        score(model, tmp_path / "d", out, "column=img")
+    with pytest.raises(ConfigError, match=r"label: is 'y', but"):
+        score(model, tmp_path / "d", out, "label=y")
+    with pytest.raises(ConfigError, match=r"split: is 'test', but .* has no manifest.json"):
+        score(model, tmp_path / "d", out, "split=test")
+    write_data(tmp_path / "d" / "b.parquet", pictures(4, (3, 8, 8)))
+    with pytest.raises(DataError, match=r"b.parquet: column image holds tensors of uint8 \[3, 8, 8\]; the model takes"):
+        score(model, tmp_path / "d", out)
+    (tmp_path / "d" / "b.parquet").write_text("no parquet at all")
+    with pytest.raises(DataError, match=r"b.parquet: is no readable Parquet file"):
+        score(model, tmp_path / "d", out)
+    assert not out.exists()
+
+
+def test_mistakes_in_settings_are_named_together():
+    with pytest.raises(ConfigError) as caught:
+        scoring.score_config(["colum=x", "rows_per_unit=0", "device=gpu", "nonsense"])
+    text = str(caught.value)
+    for part in ("did you mean 'column'", "rows_per_unit: is 0, must be at least 1", "device: is 'gpu'", "'nonsense'"):
+        assert part in text
+    with pytest.raises(ConfigError, match=r"keep: has 'label', which is what a column of the scores is called"):
+        scoring.score_config(["keep=[label]"])
+
+
+# the model
+
+
+def test_a_model_is_found_in_its_folder_and_in_a_runs(tmp_path, model):
+    shutil.copytree(model, tmp_path / "run" / "model")
+    assert scoring.portable_folder(str(model), None, tmp_path) == model
+    assert scoring.portable_folder(str(tmp_path / "run"), None, tmp_path) == tmp_path / "run" / "model"
+    with pytest.raises(ConfigError, match=r"MODEL: .* holds no model.json, here or in model/; give"):
+        scoring.portable_folder(str(tmp_path), None, tmp_path)
+    with pytest.raises(ConfigError, match=r"MODEL: .*none does not exist"):
+        scoring.portable_folder(str(tmp_path / "none"), None, tmp_path)
+
+
+@pytest.mark.timeout(120)
+def test_a_model_is_fetched_from_mlflow(tmp_path, model, monkeypatch):
+    from mlflow import MlflowClient
+
+    monkeypatch.chdir(tmp_path)
+    uri = f"sqlite:///{tmp_path}/runs/mlflow.db"
+    (tmp_path / "runs").mkdir()
+    client = MlflowClient(uri, uri)
+    run = client.create_run(client.create_experiment("jem", f"{tmp_path}/artifacts")).info
+    client.log_artifacts(run.run_id, str(model), "model/data")
+    client.create_registered_model("net")
+    version = client.create_model_version("net", f"{run.artifact_uri}/model", run.run_id)
+    client.set_registered_model_alias("net", "champion", version.version)
+    for number, source in enumerate(("models:/net@champion", "models:/net/1", f"runs:/{run.run_id}")):
+        into = tmp_path / str(number)
+        into.mkdir()
+        found = scoring.portable_folder(source, None, into)
+        assert into in found.parents
+        assert {name: (found / name).read_bytes() for name in (CARD, WEIGHTS)} == contents(model)
+    with pytest.raises(DataError, match="models:/other/1 cannot be had from MLflow"):
+        scoring.portable_folder("models:/other/1", None, tmp_path)
+
+
+def test_a_damaged_model_is_said_before_ray_is_started(tmp_path, scored_units):
+    model = make_model(tmp_path / "model")
+    write_data(tmp_path / "a.parquet", pictures(4))
+    weights = bytearray((model / WEIGHTS).read_bytes())
+    weights[-1] ^= 1
+    (model / WEIGHTS).write_bytes(weights)
+    with pytest.raises(CheckpointError, match="SHA-256 differs"):
+        score(model, tmp_path / "a.parquet", tmp_path / "out")
+    assert scored_units == []
+
+
+def test_scores_that_workers_wrote_elsewhere_are_missed(tmp_path, model, monkeypatch):
+    write_data(tmp_path / "a.parquet", pictures(4))
+    monkeypatch.setattr(score_ray, "score_on_ray", lambda *_: None)
+    with pytest.raises(JEMError, match="OUT must be a shared storage"):
+        score(model, tmp_path / "a.parquet", tmp_path / "out")
+    assert not (tmp_path / "out" / "scores.json").exists()
