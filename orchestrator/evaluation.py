@@ -132,7 +132,10 @@ def report_of(opened: Opened, workers: int = 1) -> Done:
 
 def _against(first: Done, second: Done) -> Path:
     """The comparison of two reports, kept beside the first."""
-    folder = first.folder.parent / f"{first.folder.name}-against-{second.report['model']['digest'][:8]}"
+    other = f"{second.report['model']['digest'][:8]}-{second.folder.name.rpartition('-')[2]}"
+    folder = first.folder.parent / f"{first.folder.name}-against-{other}"
+    if (folder / "against.json").exists():
+        return folder
     outputs = [Measured.load(each.folder / "outputs.safetensors") for each in (first, second)]
     comparison = compare((first.report, outputs[0]), (second.report, outputs[1]))
 

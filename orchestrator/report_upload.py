@@ -13,50 +13,54 @@ from jem.files import Location
 from orchestrator.config import shown
 from orchestrator.mlflow_run import MLflowRun, RunSpec
 from orchestrator.opened import Opened
-from orchestrator.outbox import Artifact, Item, Point
+from orchestrator.outbox import Artifact, Item, Point, legal_name
 from orchestrator.tracking import default_uri
 from orchestrator.upload import reason
 
 SENT = "sent.json"
-"""Beside the report: which MLflow run has it."""
+"""Beside the report: which MLflow run has it, and which comparisons."""
 
 
 def send_report(opened: Opened, report: dict[str, Any], folder: Path) -> tuple[str | None, str | None, str]:
-    """Send figures and files; the run's id, where, and what went wrong, if so: the report itself is on the disk.
+    """Send figures, files and comparisons; the run's id, where, and what went wrong: the report is on the disk.
 
     What was sent is not sent again. A point that the run has at the same step with the same value is left out.
     """
     uri, artifact_root = _where(opened)
-    sent = _sent(folder)
-    if sent.get("uri") == shown(uri):
+    names = [folder.name, *sorted(path.name for path in folder.parent.glob(f"{folder.name}-against-*"))]
+    sent = _sent(folder, shown(uri))
+    left = [name for name in names if name not in sent.get("folders", [])]
+    if not left:
         return sent["run_id"], shown(uri), ""
     known = opened.mlflow.get("run_id") if opened.mlflow.get("uri") in (shown(uri), uri) else None
-    tags = {"evaluated": opened.source, "model.digest": opened.digest}
     spec = RunSpec(
         uri,
         str(opened.mlflow.get("experiment") or opened.config.tracking.experiment),
         opened.name,
         artifact_root,
         {} if known else opened.config.science,
-        {} if known else tags,
+        {} if known else {"evaluated": opened.source, "model.digest": opened.digest},
     )
     try:
         run = MLflowRun(spec, known, token=f"evaluation-{opened.digest}", resume=False)
-        has = {(point.key, point.step, point.value) for point in run.history()} if not run.created else set()
-        step, now = opened.step or 0, int(time.time() * 1000)
-        items: list[Item] = [
-            Point(key, value, now, step) for key, value in report["metrics"].items() if (key, step, value) not in has
-        ]
-        beside = sorted(path.name for path in folder.parent.glob(f"{folder.name}-against-*"))
-        items += [Artifact(f"evaluations/{name}") for name in (folder.name, *beside)]
-        run.send(items, folder.parent.parent)
-        if run.created or not known:
+        items: list[Item] = _points(run, report, opened.step or 0) if folder.name in left else []
+        run.send([*items, *(Artifact(f"{folder.parent.name}/{name}") for name in left)], folder.parent.parent)
+        if not known:
             run.terminate("FINISHED")
     except Exception as error:  # MLflow raises whatever its store, driver or server does
         fault = f"MLflow at {shown(uri)} has not got the report ({reason(error, uri)}); the same command sends it again"
         return known, shown(uri), fault
-    Location.of(folder / SENT).write(json.dumps({"uri": shown(uri), "run_id": run.run_id}).encode())
+    content = {"uri": shown(uri), "run_id": run.run_id, "folders": names}
+    Location.of(folder / SENT).write(json.dumps(content).encode())
     return run.run_id, shown(uri), ""
+
+
+def _points(run: MLflowRun, report: dict[str, Any], step: int) -> list[Item]:
+    """The report's figures, but for those that the run has: of the evaluation at the end of its training."""
+    has = {(point.key, point.step, point.value) for point in run.history()} if not run.created else set()
+    now = int(time.time() * 1000)
+    figures = {legal_name(key): value for key, value in report["metrics"].items()}
+    return [Point(key, value, now, step) for key, value in figures.items() if (key, step, value) not in has]
 
 
 def _where(opened: Opened) -> tuple[str, str | None]:
@@ -74,8 +78,10 @@ def _where(opened: Opened) -> tuple[str, str | None]:
     return default_uri(Location.of(storage), asked)
 
 
-def _sent(folder: Path) -> dict[str, Any]:
+def _sent(folder: Path, uri: str) -> dict[str, Any]:
+    """What that MLflow has of the evaluation."""
     try:
-        return dict(json.loads((folder / SENT).read_text()))
+        found: dict[str, Any] = json.loads((folder / SENT).read_text())
     except (OSError, ValueError):
         return {}
+    return found if found.get("uri") == uri else {}

@@ -155,7 +155,7 @@ def test_far_features_score_low_by_every_baseline_of_features(network, images, l
         assert score(test).dtype == torch.float64
 
 
-def test_without_pytorch_ood_the_module_loads_and_its_scores_name_the_extra(monkeypatch, network, images, labels):
+def test_without_pytorch_ood_the_module_loads_and_its_scores_say_what_to_install(monkeypatch, network, images, labels):
     monkeypatch.setitem(sys.modules, "pytorch_ood", None)
     module = importlib.reload(baselines)
     z = features_of(network, images)
@@ -168,5 +168,5 @@ def test_without_pytorch_ood_the_module_loads_and_its_scores_name_the_extra(monk
         lambda: module.knn(z),
     ]
     for call in calls:
-        with pytest.raises(ConfigError, match=r"pip install 'jem-orchestrator\[ood\]'"):
+        with pytest.raises(ConfigError, match=r"pip install pytorch-ood"):
             call()
