@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 from pathlib import Path
@@ -39,12 +40,40 @@ def test_pictures_are_there():
         assert (ROOT / path).stat().st_size > 1000
 
 
-def test_the_table_of_results_is_that_of_the_runs():
-    columns = [f"test/{key}" for key in ("accuracy", "nll", "ece")]
-    columns += [f"ood/{o}/{s}/auroc" for o in ("interp", "uniform") for s in ("log_px", "max_py", "approx_mass")]
-    rows = re.findall(r"^\| `(\w+)` \| (\d+) \| (.*) \|$", README, re.MULTILINE)
-    assert len(rows) == 6
-    for recipe, step, figures in rows:
-        run = json.loads((ROOT / "docs" / "results" / f"{recipe}.json").read_text())
-        assert run["step"] == int(step)
-        assert figures.split(" | ") == [f"{run['metrics'][key]:.3f}" for key in columns]
+def claims(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    module = importlib.import_module("claims")
+    results = {
+        name: json.loads((ROOT / f"docs/results/claims_{name}.json").read_text()) for name in ("digits", "mnist5k")
+    }
+    return module, results
+
+
+def test_the_table_of_results_is_that_of_the_runs(monkeypatch):
+    module, results = claims(monkeypatch)
+    rows = re.findall(
+        r"^\| (accuracy|NLL.*?|ECE.*?|AUROC.*?) \| (.*?) \| (.*?) \| (.*?) \| (.*?) \|$", README, re.MULTILINE
+    )
+    assert len(rows) == 14
+    sets = {"midpoints": "interp", "uniform noise": "uniform", "Fashion-MNIST": "fashion_mnist"}
+    scores = {"log p(x)": "log_px", r"max p(y\|x)": "max_py", "approx. mass": "approx_mass"}
+    for label, *cells in rows:
+        set_name, colon, score = label.removeprefix("AUROC, ").partition(": ")
+        key = f"ood/{sets[set_name]}/{scores[score]}/auroc" if colon else module.FIGURES[label]
+        columns = [(name, model) for name in results for model in ("jem", "classifier")]
+        for cell, (name, model) in zip(cells, columns, strict=True):
+            seeds = results[name]["seeds"]
+            mean, low, high = module.interval([seed[model][key] for seed in seeds])
+            assert cell.strip("*") == f"{mean:.3f} ± {(high - low) / 2:.3f}"
+            _, low, high = module.interval([seed["jem"][key] - seed["classifier"][key] for seed in seeds])
+            higher, lower = (low > 0, high < 0) if model == "jem" else (high < 0, low > 0)
+            assert cell.startswith("**") == (lower if "ECE" in label or "NLL" in label else higher)
+
+
+def test_the_tables_of_the_claims_are_those_of_the_runs(monkeypatch):
+    module, results = claims(monkeypatch)
+    text = (ROOT / "docs" / "evaluation.md").read_text()
+    for name, result in results.items():
+        other = "mnist5k" if name == "digits" else "digits"
+        found = module.summary(result["seeds"])
+        assert module.table(found, ["interp", "uniform", "rot90", "textures", "fashion_mnist", other]) in text
