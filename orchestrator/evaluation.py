@@ -126,7 +126,8 @@ def report_of(opened: Opened, workers: int = 1) -> Done:
         "config": config.science,
     }
     report["facts"] = {**facts(), **{f"training.{key}": value for key, value in opened.facts.items()}}
-    write_report(report, measured, folder, served_of(opened.run_folder, opened.digest))
+    served = served_of(opened.run_folder, opened.digest)
+    write_report(report, measured, folder, served, config.registered_name)
     return Done(folder, json.loads((folder / "report.json").read_text()), cached=False)
 
 

@@ -19,7 +19,7 @@ from jem.predict import read_card
 from orchestrator.card import model_card
 from orchestrator.config import RunConfig
 from orchestrator.final_model import FOLDER
-from orchestrator.report_pictures import pictures
+from orchestrator.report_pictures import picture_names, pictures
 
 CARD = "model_card.md"
 
@@ -27,30 +27,40 @@ CARD = "model_card.md"
 def final_report(folder: Path, config: RunConfig, outcome: Mapping[str, Any], name: str) -> str | None:
     """Write what the workers of a finished run measured at its end; the path below `folder`, None if they did not.
 
-    The portable model, where there is one, gets its card. Raises CheckpointError or OSError.
+    The portable model, where there is one, gets its card, with pictures. Raises CheckpointError or OSError.
     """
     manifest = checkpoint.read_manifest(Location.of(outcome["checkpoint"]))
     digest = manifest.files[f"{outcome['weights']}.safetensors"]["sha256"]
     served, report, path = served_of(folder, digest), outcome.get("report"), None
     if report is not None:
-        model = {"source": manifest.directory.uri, "name": name, "digest": digest, "step": manifest.step}
-        model |= {"weights": outcome["weights"], "checkpoint": manifest.directory.uri, "config": config.science}
+        about = {"source": manifest.directory.uri, "name": name, "digest": digest, "step": manifest.step}
+        about |= {"weights": outcome["weights"], "checkpoint": manifest.directory.uri, "config": config.science}
         trained = {f"training.{key}": value for key, value in manifest.info["facts"].items()}
-        report = {**report, "model": report["model"] | model, "facts": trained}
+        report = {**report, "model": report["model"] | about, "facts": trained}
         path = f"evaluations/{report['suite']}-step{manifest.step}"
-        write_report(report, None, folder / path, served)
+        write_report(report, None, folder / path, served, config.registered_name)
     if served is not None:
-        card = model_card(report, served, {}) if report is None else (folder / str(path) / CARD).read_text("utf-8")
-        Location.of(folder / FOLDER / digest[:12] / CARD).write(card.encode())
+        model = Location.of(folder / FOLDER / digest[:12])
+        card = model_card(report, served, _links(config.registered_name))
+        for picture in picture_names(report) if report is not None else ():
+            (model / picture).write((folder / str(path) / picture).read_bytes())
+        (model / CARD).write(card.encode())
     return path
 
 
 def write_report(
-    report: dict[str, Any], measured: Measured | None, folder: Path, served: dict[str, Any] | None = None
+    report: dict[str, Any],
+    measured: Measured | None,
+    folder: Path,
+    served: dict[str, Any] | None = None,
+    registered: str = "",
 ) -> None:
-    """Everything that belongs to a report, all of it or nothing. `served`: model.json of the portable model, if any."""
+    """Everything that belongs to a report, all of it or nothing.
+
+    `served`: model.json of the portable model, if there is one; `registered`: the registered model it is a version of.
+    """
     drawn = pictures(report)
-    card = model_card(report, served, {})
+    card = model_card(report, served, _links(registered))
 
     def fill(target: Path) -> None:
         if measured is not None:
@@ -61,6 +71,10 @@ def write_report(
         (target / "report.json").write_text(json.dumps(report, indent=1, allow_nan=False))
 
     whole_folder(folder, fill)
+
+
+def _links(registered: str) -> dict[str, str]:
+    return {"model": f"models:/{registered}@champion"} if registered else {}
 
 
 def served_of(run_folder: Path | None, digest: str) -> dict[str, Any] | None:

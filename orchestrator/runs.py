@@ -8,6 +8,7 @@ STORAGE/NAME/checkpoints/    ours;  STORAGE/NAME/ray/  what Ray Train wants for 
 STORAGE/NAME/recovery.json   its rollbacks
 STORAGE/NAME/owner           the group of workers that may write checkpoints;  failure.txt  what the last one died of
 STORAGE/NAME/samples/        pictures of the chains
+STORAGE/NAME/models/         final models, portable: see final_model.py;  STORAGE/NAME/evaluations/  see evaluation.py
 """
 
 from __future__ import annotations
