@@ -66,7 +66,7 @@ def over_random_batches(
         if config.noise_std:
             x = x + config.noise_std * torch.randn(x.shape, generator=generator("cpu", "evaluate", key, index))
         draws = generator(like.device, "evaluate", key, index, "of the function")
-        value = function(x.to(like.device, like.dtype), draws)
+        value = function(x.to(like.device, like.dtype), draws).to(like.device)
         if out is None:
             out = value.new_zeros((len(images), *value.shape[1:]))
         if index % world.size == world.rank:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -155,38 +154,6 @@ def test_the_same_command_scores_what_is_missing_and_nothing_else(folder, whole)
     after = {path: (path.stat().st_ino, path.stat().st_mtime_ns, path.read_bytes()) for path in scores_in(out)}
     assert {path for path in after if after[path][:2] != before[path][:2]} == {lost}
     assert after[lost][2] == before[lost][2], "one worker or two: the same bytes"
-
-
-@pytest.mark.ray
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize("which", ["the command", "a worker"])
-def test_scoring_that_is_disturbed_ends_with_the_same_scores(folder, whole, which):
-    """A worker that is killed is replaced; the command that is stopped is typed again."""
-    name = which.rpartition(" ")[2]
-    arguments = ("slow", "data", name, f"rows_per_unit={PER_UNIT}", "workers=2")
-    command = Scoring(folder, *arguments, SLOWLY="0.5")
-    try:
-        command.wait_until(lambda: scores_in(folder / name))
-        if which == "a worker":
-            command.scorers()[0].kill()
-            last = command.end()
-        else:
-            os.kill(command.process.pid, signal.SIGTERM)
-            stopped = command.end()
-            assert (stopped.code, stopped.result["status"]) == (143, "stopped"), stopped.err
-            assert command.left() == [], "processes were left behind"
-            assert "Connecting to existing Ray cluster" not in stopped.err, "a call after ray.shutdown found another"
-            kept = {path: path.stat().st_mtime_ns for path in scores_in(folder / name)}
-            assert 0 < len(kept) < 10
-            assert not (folder / name / "scores.json").exists()
-            last = ended(folder, *arguments)
-            assert {path: path.stat().st_mtime_ns for path in kept} == kept, "finished units stay"
-    finally:
-        command.kill()
-    assert last.code == 0, last.err
-    assert all(a.equals(b) for a, b in zip(contents(folder / name), contents(folder / "whole"), strict=True))
-    expected = {**whole.result, "out": str(folder / name), "summary": str(folder / name / "scores.json")}
-    assert last.result == expected
 
 
 @pytest.mark.ray
