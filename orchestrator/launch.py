@@ -10,7 +10,7 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from jem import checkpoint
@@ -25,6 +25,7 @@ from orchestrator.events import EventLog
 from orchestrator.facts import facts
 from orchestrator.final_model import write_model
 from orchestrator.mirror import Mirror
+from orchestrator.outbox import RUN_ID
 from orchestrator.progress import Progress, follow
 from orchestrator.ray_cluster import leave_ray, start_ray, train_on_ray
 from orchestrator.registry import resolve_model
@@ -41,6 +42,10 @@ CLOSING_S = 7.0
 
 SAVING_S = 2.0
 """Of that time: for run.json and the last line, after MLflow."""
+
+SAMPLES = "samples.png"
+SHOWN = "Chains at step {step}:\n\n![samples](get-artifact?path=" + SAMPLES + "&run_uuid=" + RUN_ID + ")"
+"""The description of a run in MLflow: its page shows the newest picture of the chains."""
 
 UPLOAD_S = 60.0
 """How long the end waits for MLflow."""
@@ -198,6 +203,8 @@ class Attempt:
         log = EventLog(self.log_path)
         for path in self._summaries():
             log.append("artifact", path=path)
+        if (self.folder / SAMPLES).exists():
+            log.append("tags", tags={"mlflow.note.content": SHOWN.format(step=outcome.get("step"))})
         self._offer_model(outcome, log)
         log.append("end", status=status)
         log.close()
@@ -277,8 +284,11 @@ class Attempt:
 
     def _summaries(self) -> Iterator[str]:
         """Write the recipe and the curves beside the log, for MLflow; the names of the files."""
-        recipe = to_yaml(self.config).encode()
-        for name, content in (("recipe.yaml", recipe), ("curves.png", curves_png(self.log_path))):
+        contents = {"recipe.yaml": to_yaml(self.config).encode(), "curves.png": curves_png(self.log_path)}
+        newest = (self.root / "samples").children()
+        with suppress(OSError):  # a store that is away for a moment: the picture itself is there
+            contents[SAMPLES] = newest[-1].read() if newest else None
+        for name, content in contents.items():
             if content is not None:
                 try:
                     (self.folder / name).write_bytes(content)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from jem.errors import JEMError
-from orchestrator.outbox import Artifact, Image, Item, Model, Point, Tags, legal_name
+from orchestrator.outbox import RUN_ID, Artifact, Image, Item, Model, Point, Tags, legal_name
 
 log = logging.getLogger(__name__)
 
@@ -172,7 +172,7 @@ class MLflowRun:
     def _set_tags(self, tags: Mapping[str, Any]) -> None:
         from mlflow.entities import RunTag
 
-        wanted = [RunTag(key, str(value)[:_MAX_TAG]) for key, value in tags.items()]
+        wanted = [RunTag(key, str(value).replace(RUN_ID, self.run_id)[:_MAX_TAG]) for key, value in tags.items()]
         self._client.log_batch(self.run_id, tags=wanted)
 
     def _log_image(self, item: Image, run_dir: Path) -> None:

@@ -16,6 +16,9 @@ from typing import Any
 
 from orchestrator.events import Event
 
+RUN_ID = "RUN-ID-IN-MLFLOW"
+"""Stands in a tag for the id of the MLflow run, which is known only where it is sent."""
+
 _SAID = ("time", "kind", "attempt", "step", "why")
 _MAX_NAME = 250
 _MAX_TAG = 8000
