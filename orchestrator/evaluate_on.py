@@ -18,12 +18,14 @@ from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as Bar
 from torch import Tensor, nn
 
+from jem.errors import ConfigError, Problem
 from jem.evaluate.passes import Part, Pass, run_pass
 from jem.evaluate.suite import Dealt, Subjects, compute_here
 from jem.train import dtype_of
 from jem.world import World
 from orchestrator.config import RunConfig
-from orchestrator.ray_cluster import ray_session
+from orchestrator.ray_cluster import Cluster, ray_session
+from orchestrator.score_ray import interruptibly
 
 
 class Progress:
@@ -60,6 +62,8 @@ class Progress:
 
 def compute_in_this_process(network: nn.Module, config: RunConfig, progress: Progress) -> Dealt:
     """On a GPU where there is one and `config.device` allows it."""
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError([Problem("device", "is cuda, but PyTorch sees no GPU here; set device=cpu")])
     device = torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
 
     def compute(subjects: Subjects) -> dict[Pass, Tensor]:
@@ -83,10 +87,14 @@ def compute_on_ray(network: nn.Module, config: RunConfig, workers: int, progress
     """Spread over `workers` Ray actors, a GPU each where the cluster has as many."""
 
     def compute(subjects: Subjects) -> dict[Pass, Tensor]:
+        return interruptibly(lambda: spread(subjects))
+
+    def spread(subjects: Subjects) -> dict[Pass, Tensor]:
         with ray_session(workers) as cluster:
             import ray
 
             progress.begin(subjects)
+            _check(cluster, workers, config.device)
             gpus = config.device == "cuda" or (config.device == "auto" and cluster.gpus >= workers)
             actor = ray.remote(num_cpus=1, num_gpus=1 if gpus else 0)(_Evaluator)
             held = ray.put((network, config))
@@ -105,6 +113,16 @@ def compute_on_ray(network: nn.Module, config: RunConfig, workers: int, progress
             return {which: found[which] for which in subjects.passes}
 
     return compute
+
+
+def _check(cluster: Cluster, workers: int, device: str) -> None:
+    """Raise ConfigError for workers that would wait for ever."""
+    has, what = (cluster.gpus, "GPUs") if device == "cuda" else (cluster.cpus, "CPUs")
+    if has < workers:
+        message = f"is {workers}, the cluster has {has:g} {what}; lower it" + (
+            ", or set device=cpu" * (device == "cuda")
+        )
+        raise ConfigError([Problem("workers", message)])
 
 
 class _Evaluator:

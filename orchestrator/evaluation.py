@@ -52,7 +52,7 @@ class Evaluated(Result):
 def evaluate_model(source: str, other: str | None, arguments: Sequence[str], console: Console) -> Evaluated:
     """Measure `source`, and `other` beside it; print tables, send everything to MLflow."""
     workers, arguments = _workers(arguments)
-    opened = [open_model(s, arguments if s == source else _shared(arguments)) for s in (source, other) if s is not None]
+    opened = [open_model(s, _fit_for(s, arguments) if other else arguments) for s in (source, other) if s is not None]
     if any(one.config.evaluate.suite == "none" for one in opened):
         raise ConfigError([Problem("evaluate.suite", "is none, which measures nothing; give fast or full")])
     done = [report_of(one, workers) for one in opened]
@@ -99,7 +99,7 @@ class Done:
 def report_of(opened: Opened, workers: int = 1) -> Done:
     """The report of a model, from the disk where it was made before."""
     folder = _home(opened) / "evaluations" / f"{opened.config.evaluate.suite}-{_key(opened)}"
-    if (folder / "report.json").exists():
+    if (folder / "report.json").exists() and (folder / "outputs.safetensors").exists():
         return Done(folder, json.loads((folder / "report.json").read_text()), cached=True)
     config = opened.config
     data = load(config.data)
@@ -152,13 +152,14 @@ def _against(first: Done, second: Done) -> Path:
 def _key(opened: Opened) -> str:
     """Names what is measured: equal keys, equal figures."""
     settings, config = opened.config.evaluate, opened.config
+    described = {key: value for key, value in config.science.items() if key.startswith(("model.", "data."))}
     names: tuple[str, ...] = FAST_SETS
     if settings.suite == "full":
         names = settings.sets or others.default_sets(config.data, opened.image_shape)[0]
     return digest(
         {
             "version": [VERSION, SCHEMA],
-            "model": opened.digest,
+            "model": [opened.digest, described],
             "data": opened.data_digest or others.fingerprint(config.data.name, config.data),
             "suite": settings.suite,
             "noise_std": settings.noise_std,
@@ -189,9 +190,13 @@ def _workers(arguments: Sequence[str]) -> tuple[int, list[str]]:
     return int(given[-1]) if given else 1, rest
 
 
-def _shared(arguments: Sequence[str]) -> list[str]:
-    """The arguments that concern the second model too: not those that describe the first one's file."""
-    return [a for a in arguments if not a.startswith(("model.", "precision="))]
+def _fit_for(source: str, arguments: Sequence[str]) -> list[str]:
+    """The arguments that concern this model: what describes a released file is not said of a model of ours."""
+    described = ("model.", "precision=", "data.")
+    both = ("data.root=", "data.download=")
+    if source.endswith(".pt") or not any(a.startswith(described) and not a.startswith(both) for a in arguments):
+        return list(arguments)
+    return [a for a in arguments if a.startswith(both) or not a.startswith(described)]
 
 
 def _row_key(row: dict[str, Any]) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 
 from jem import checkpoint
 from jem.errors import CheckpointError, JEMError
+from jem.evaluate.others import check_sets
 from jem.files import Location
 from orchestrator import events
 from orchestrator.command import RAY_THREAD
@@ -58,6 +59,8 @@ def launch(config: RunConfig, fresh: bool = False) -> Result:
     assert config.name
     root = storage / config.name
     check_folder(config)
+    if config.evaluate.suite == "full":
+        check_sets(config.evaluate.sets, config.data)  # now, not when all is trained
     with lock(root):
         record = open_record(root, config, fresh)
         done = record.status == "finished" and record.result and record.result["step"] >= config.steps
@@ -237,8 +240,8 @@ class Attempt:
             run = {"name": self.record.name, "folder": self.root.uri, "digest": self.record.digest}
             model = write_model(self.folder, self.config, outcome, run) if outcome.get("calibrated") else None
             report = final_report(self.folder, self.config, outcome, self.record.name)
-        except (JEMError, OSError) as error:  # the run is what it is
-            log.warning("the final model cannot be written to %s, so it is not registered: %s", self.folder, error)
+        except Exception as error:  # whatever drawing and writing make of it, the run is what it is
+            log.warning("the final model cannot be written to %s, so it is not registered: %r", self.folder, error)
             return
         if report is not None:
             event_log.append("artifact", path=report)

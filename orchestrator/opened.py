@@ -27,7 +27,8 @@ from orchestrator.config import RunConfig, anchored, mistakes, parse_arguments, 
 from orchestrator.registry import SCHEMES, model_folder
 from orchestrator.runs import read_record
 
-FREE = ("evaluate.", "data.root", "data.download", "device", "storage_path", "tracking.")
+MEASURED = ("evaluate.suite", "evaluate.sets", "evaluate.max_images", "evaluate.noise_std")
+FREE = (*MEASURED, "data.root", "data.download", "device", "storage_path", "tracking.")
 """Settings that may differ from those of the training: they say where and what is measured, not of which model."""
 
 RELEASED_RECIPE = "cifar10_paper"
@@ -186,7 +187,7 @@ def _config(recorded: Mapping[str, Any], changes: Mapping[str, Entry], free: tup
         for key, entry in changes.items()
         if not key.startswith(free)
     ]
-    of_place = ("tracking.", "storage_path", "device", "workers", "name")
+    of_place = ("tracking.", "storage_path", "device", "workers", "name", "evaluate.")
     entries = {k: v if isinstance(v, Entry) else Entry(v) for k, v in recorded.items() if not k.startswith(of_place)}
     entries |= {"workers": Entry(1), "evaluate.suite": Entry("full"), **changes}
     if problems:

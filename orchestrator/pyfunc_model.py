@@ -28,7 +28,7 @@ class JointEnergyModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
 
     def predict(self, context: Any, model_input: np.ndarray, params: dict[str, Any] | None = None) -> pd.DataFrame:
         del context, params
-        if self.predictor.card.dtype == "uint8" and len(model_input) and model_input.max() == 1:
+        if self.predictor.card.dtype == "uint8" and len(model_input) and model_input.max() <= 1:
             # MLflow's server cuts the floats of a request off to whole numbers, without a word
             raise _refused(f"{self.predictor.card.expects} were expected, in these no value exceeds 1: give bytes")
         try:

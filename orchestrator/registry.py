@@ -6,6 +6,7 @@ import os
 import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import urlsplit
 
 from jem.errors import DataError
 from jem.files import Location
@@ -69,8 +70,10 @@ def fetch(source: str, uri: str, target: Path) -> tuple[Path, str | None]:
         # by the place of the files: a models:/ URI would be looked up in the process' own MLflow
         path = mlflow.artifacts.download_artifacts(where, dst_path=str(target), tracking_uri=uri)
     except Exception as error:  # MLflow raises whatever its store, driver or server does
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise DataError(f"{source} cannot be had from MLflow: {reason}") from error
+        text = (str(error) or type(error).__name__).splitlines()[0]
+        password = urlsplit(uri).password
+        text = text.replace(password, "***") if password else text  # MLflow repeats it
+        raise DataError(f"{source} cannot be had from MLflow: {text}") from error
     return Path(path), run_id
 
 

@@ -59,7 +59,9 @@ def _points(run: MLflowRun, report: dict[str, Any], step: int) -> list[Item]:
     """The report's figures, but for those that the run has: of the evaluation at the end of its training."""
     has = {(point.key, point.step, point.value) for point in run.history()} if not run.created else set()
     now = int(time.time() * 1000)
-    figures = {legal_name(key): value for key, value in report["metrics"].items()}
+    noise = report["settings"]["noise_std"]
+    prefix = f"noise{noise:g}/" if noise else ""  # of other images: not the run's own test figures
+    figures = {legal_name(prefix + key): value for key, value in report["metrics"].items()}
     return [Point(key, value, now, step) for key, value in figures.items() if (key, step, value) not in has]
 
 
@@ -74,7 +76,7 @@ def _where(opened: Opened) -> tuple[str, str | None]:
             raise ConfigError(
                 f"tracking.uri: the run's is {own}; its password is not kept: give it, or set MLFLOW_TRACKING_URI"
             )
-    storage = opened.run_folder.parent if opened.run_folder else Path(opened.config.storage_path)
+    storage = opened.run_folder.parent if opened.run_folder else opened.config.storage_path
     return default_uri(Location.of(storage), asked)
 
 

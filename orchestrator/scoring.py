@@ -54,7 +54,8 @@ def score(model: str, data: str, out: str, changes: Sequence[str], stream: TextI
 def portable_folder(source: str, tracking_uri: str | None, into: Path, storage: str = "./runs") -> Path:
     """The local folder of the portable model (see jem.predict) that `source` names; copied below `into` where needed.
 
-    source: such a folder, a run's folder (its model/), models:/NAME@ALIAS, models:/NAME/VERSION, runs:/ID.
+    source: such a folder, a run's folder (the model of its newest checkpoint), models:/NAME@ALIAS,
+    models:/NAME/VERSION, runs:/ID.
     Raises ConfigError or DataError for one that is none of these.
     """
     from jem.predict import CARD, WEIGHTS
@@ -63,9 +64,9 @@ def portable_folder(source: str, tracking_uri: str | None, into: Path, storage: 
     if source.startswith(SCHEMES):
         return model_folder(source, tracking_uri, storage, into).folder
     location = _location("MODEL", source)
-    found = next((place for place in (location, location / "model") if (place / CARD).exists()), None)
+    found = next((place for place in (location, *_final_models(location)) if (place / CARD).exists()), None)
     if found is None:
-        what = f"holds no {CARD}, here or in model/" if location.exists() else "does not exist"
+        what = f"holds no {CARD}, here or in models/" if location.exists() else "does not exist"
         names = "the folder of a portable model, a run's folder, models:/NAME@ALIAS or runs:/ID"
         raise ConfigError([Problem("MODEL", f"{location.uri} {what}; give {names}")])
     if found.is_local:
@@ -76,6 +77,17 @@ def portable_folder(source: str, tracking_uri: str | None, into: Path, storage: 
     except OSError as error:
         raise DataError(f"{found.uri}: cannot be read: {error}") from error
     return into
+
+
+def _final_models(run: Location) -> list[Location]:
+    """The portable model of a run's newest checkpoint."""
+    from jem import checkpoint
+    from orchestrator.final_model import FOLDER
+
+    newest = checkpoint.committed(run / "checkpoints")[:1]
+    manifests = [checkpoint.read_manifest(directory) for directory in newest]
+    digests = [manifest.files[f"{manifest.info['final']}.safetensors"]["sha256"] for manifest in manifests]
+    return [run / FOLDER / digest[:12] for digest in digests]
 
 
 def _score(config: ScoreConfig, folder: Path, card: Card, source: Location, target: Location, stream: TextIO) -> Scored:

@@ -129,8 +129,8 @@ class Training:
                         break
                     if self.stopping and info.step < config.steps:
                         return self.stop()
-            self.evaluate()
-            self.calibrate()
+        self.evaluate()  # not watched: its statistics take as long as they take, without a step
+        self.calibrate()
         return self.outcome("finished", "")
 
     def after(self, info: StepInfo) -> str | None:

@@ -26,6 +26,9 @@ from orchestrator.outbox import Outbox, Tags, legal_name
 log = logging.getLogger(__name__)
 
 STATE_NAME = "uploaded.json"
+EVALUATED = ("test/", "test_scaled/", "ood/", "noise", "val/temperature")
+"""Points that jobs/evaluate.py sends too: none of them was lost with a log."""
+
 _CHUNK = 256 * 1024  # bytes of log that are sent before it is remembered
 
 # How a run ends in the log's words -> MLflow's. Anything else is a failure.
@@ -184,7 +187,8 @@ class Upload:
             if event["kind"] == "metrics"
             for key in event["metrics"]
         }
-        elsewhere = [point.step for point in has if (point.key, point.time, point.step) not in here]
+        of_training = [point for point in has if not point.key.startswith(EVALUATED)]
+        elsewhere = [point.step for point in of_training if (point.key, point.time, point.step) not in here]
         if elsewhere:  # sent without a checkpoint and lost with the other machine's log: run again here
             self._state.rewritten = [(min(elsewhere), max(elsewhere))]
             run.send([self._state.outbox().rewritten_tag()], self.run_dir)

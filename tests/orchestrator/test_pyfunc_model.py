@@ -109,8 +109,11 @@ def test_what_is_no_such_image_is_refused_with_what_was_expected(loaded, images,
         loaded.predict(images)
 
 
-def test_black_images_are_images(loaded):
-    assert len(loaded.predict(np.zeros((2, 4, 6, 3), np.uint8))) == 2
+def test_black_images_are_images_beside_others_and_alone_may_be_floats_cut_off_on_the_way(loaded):
+    black = np.zeros((2, 4, 6, 3), np.uint8)
+    assert len(loaded.predict(np.concatenate([black, pictures(1)]))) == 3
+    with pytest.raises(Exception, match="exceeds 1"):
+        loaded.predict(black)
 
 
 def test_a_model_can_take_floats_with_the_channels_first(tmp_path):

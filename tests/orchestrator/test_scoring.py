@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from worker_runs import fit, newest
 
 from jem.config import DataConfig, JEMConfig, ModelConfig
 from jem.data import parquet
@@ -518,10 +519,14 @@ def test_mistakes_in_settings_are_named_together():
 
 
 def test_a_model_is_found_in_its_folder_and_in_a_runs(tmp_path, model):
-    shutil.copytree(model, tmp_path / "run" / "model")
     assert scoring.portable_folder(str(model), None, tmp_path) == model
-    assert scoring.portable_folder(str(tmp_path / "run"), None, tmp_path) == tmp_path / "run" / "model"
-    with pytest.raises(ConfigError, match=r"MODEL: .* holds no model.json, here or in model/; give"):
+    fit(tmp_path / "run", "steps=4")
+    digest = newest(tmp_path / "run").files["model.safetensors"]["sha256"]
+    shutil.copytree(model, tmp_path / "run" / "models" / digest[:12])
+    (tmp_path / "run" / "models" / "older").mkdir()
+    found = scoring.portable_folder(str(tmp_path / "run"), None, tmp_path)
+    assert found == tmp_path / "run" / "models" / digest[:12]
+    with pytest.raises(ConfigError, match=r"MODEL: .* holds no model.json, here or in models/; give"):
         scoring.portable_folder(str(tmp_path), None, tmp_path)
     with pytest.raises(ConfigError, match=r"MODEL: .*none does not exist"):
         scoring.portable_folder(str(tmp_path / "none"), None, tmp_path)
