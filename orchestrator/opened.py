@@ -183,7 +183,11 @@ def _of_released(source: str, location: Location, changes: Mapping[str, Entry]) 
 def _config(recorded: Mapping[str, Any], changes: Mapping[str, Entry], free: tuple[str, ...]) -> RunConfig:
     """The settings of the training with those changed that may be; the suite is `full` unless said otherwise."""
     problems = [
-        Problem(key, "is the trained model's own; what may be said is evaluate.*, data.root, device, ...", entry.origin)
+        Problem(
+            key,
+            f"is not for an evaluation to change; what may be said: {', '.join(MEASURED)}, data.root, device",
+            entry.origin,
+        )
         for key, entry in changes.items()
         if not key.startswith(free)
     ]
