@@ -2,6 +2,7 @@
 
 python jobs/sync.py                                        all runs in ./runs that MLflow has not got whole
 python jobs/sync.py digits-ef7fc1ef                        one; runs/digits-ef7fc1ef does as well
+python jobs/sync.py digits_sgld-1f2e3d4c                   a sweep and its trials; .../trials/t003 is one of them
 python jobs/sync.py storage_path=/data/runs                those of another storage
 python jobs/sync.py digits-ef7fc1ef tracking.uri=http://HOST:5000
                                                            to another MLflow, or where the URI has a password

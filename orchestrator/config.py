@@ -160,8 +160,8 @@ class RunConfig(JEMConfig):
             yield "recovery.ladder", unfit
         if self.evaluate.ema and not self.optimizer.ema_decay:
             yield "evaluate.ema", "is true, but no weights are averaged; set optimizer.ema_decay, to 0.999 say"
-        if self.name is not None and (not self.name or set(self.name) & set("/\\ ") or self.name.startswith(".")):
-            yield "name", f"is {self.name!r}, must be a folder's name: no slashes, spaces or leading dot"
+        if self.name is not None:
+            yield from folder_name("name", self.name)
 
     @property
     def min_workers(self) -> int:
@@ -189,6 +189,15 @@ class RunConfig(JEMConfig):
 
 
 DEFAULTS = flatten(JEMConfig(seed=0), SCIENCE)
+
+GROUPS = frozenset(f.name for f in dataclasses.fields(RunConfig) if isinstance(f.default_factory, type))
+"""The settings of a run that are themselves groups of settings."""
+
+
+def folder_name(key: str, name: str) -> Iterator[tuple[str, str]]:
+    """What is wrong with the name of a run, which is that of its folder."""
+    if not name or set(name) & set("/\\ ") or name.startswith("."):
+        yield key, f"is {name!r}, must be a folder's name: no slashes, spaces or leading dot"
 
 
 def load_run_config(recipe: str, arguments: Sequence[str]) -> RunConfig:
@@ -223,7 +232,7 @@ def read_recipe(recipe: str, problems: list[Problem]) -> dict[str, Entry]:
     `base: NAME` starts from another recipe: a bundled one, or a path relative to this file. Entries that
     cannot be used are left out and added to `problems`; a ConfigError says that there is no recipe to read.
     """
-    return _read(_find(recipe, None), (), problems)
+    return _read(find_yaml(recipe, None, RECIPES, "recipe"), (), problems)
 
 
 def parse_arguments(arguments: Sequence[str]) -> tuple[dict[str, Entry], list[Problem]]:
@@ -244,7 +253,7 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[dict[str, Entry], list[Pr
 
 def to_yaml(config: RunConfig) -> str:
     """The whole configuration as a recipe that gives it again, but for a password in tracking.uri."""
-    return yaml.safe_dump(_plain(dataclasses.asdict(shareable(config))), sort_keys=False)
+    return yaml.safe_dump(plain(dataclasses.asdict(shareable(config))), sort_keys=False)
 
 
 def shareable(config: RunConfig) -> RunConfig:
@@ -264,24 +273,24 @@ def from_flat(values: dict[str, Any]) -> RunConfig:
     return build(RunConfig, {key: Entry(value) for key, value in values.items()})
 
 
-def _find(recipe: str, beside: Path | None) -> Path:
-    if recipe.endswith((".yaml", ".yml")):
-        path = (beside.parent if beside else Path()) / Path(recipe).expanduser()
+def find_yaml(name: str, beside: Path | None, folder: Path, what: str) -> Path:
+    """The file of a bundled name, or of a path relative to the file `beside`; ConfigError if there is none."""
+    if name.endswith((".yaml", ".yml")):
+        path = (beside.parent if beside else Path()) / Path(name).expanduser()
         if path.is_file():
             return path
-        raise ConfigError([Problem("", f"no such recipe file: {path.absolute()}")])
-    path = RECIPES / f"{recipe}.yaml"
+        raise ConfigError([Problem("", f"no such {what} file: {path.absolute()}")])
+    path = folder / f"{name}.yaml"
     if path.is_file():
         return path
-    names = bundled_recipes()
-    close = difflib.get_close_matches(recipe, names, 1)
+    names = sorted(path.stem for path in folder.glob("*.yaml"))
+    close = difflib.get_close_matches(name, names, 1)
     hint = f"; did you mean {close[0]!r}?" if close else "."
-    raise ConfigError([Problem("", f"no recipe {recipe!r}{hint} Bundled: {', '.join(names)}; or give a .yaml file")])
+    raise ConfigError([Problem("", f"no {what} {name!r}{hint} Bundled: {', '.join(names)}; or give a .yaml file")])
 
 
-def _read(path: Path, seen: tuple[Path, ...], problems: list[Problem]) -> dict[str, Entry]:
-    if path.resolve() in seen:
-        raise ConfigError([Problem("base", "the recipes inherit from each other in a circle", str(path))])
+def read_yaml(path: Path, groups: frozenset[str], problems: list[Problem], what: str) -> dict[str, Entry]:
+    """A file's settings, dotted, with their lines; `groups` must be mappings. Raises ConfigError if it is not YAML."""
     try:
         root = yaml.compose(path.read_text(), Loader=yaml.SafeLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -289,31 +298,43 @@ def _read(path: Path, seen: tuple[Path, ...], problems: list[Problem]) -> dict[s
         where = f"{path}:{mark.line + 1}" if mark else str(path)
         message = getattr(error, "problem", None) or str(error)
         raise ConfigError([Problem("", f"not valid YAML: {message}", where)]) from error
-    if root is None:
-        return {}
-    if not isinstance(root, yaml.MappingNode):
-        raise ConfigError([Problem("", "a recipe is a mapping of settings", f"{path}:{root.start_mark.line + 1}")])
     entries: dict[str, Entry] = {}
-    _walk(root, "", path, entries, problems)
+    if isinstance(root, yaml.MappingNode):
+        _walk(root, "", path, groups, entries, problems)
+    elif root is not None:
+        raise ConfigError([Problem("", f"a {what} is a mapping of settings", f"{path}:{root.start_mark.line + 1}")])
+    return entries
+
+
+def _read(path: Path, seen: tuple[Path, ...], problems: list[Problem]) -> dict[str, Entry]:
+    if path.resolve() in seen:
+        raise ConfigError([Problem("base", "the recipes inherit from each other in a circle", str(path))])
+    entries = read_yaml(path, GROUPS, problems, "recipe")
     base = entries.pop("base", None)
     if base is None:
         return entries
     try:
-        inherited = _find(str(base.value), path)
+        inherited = find_yaml(str(base.value), path, RECIPES, "recipe")
     except ConfigError as error:
         raise ConfigError([Problem("base", p.message, base.origin) for p in error.problems]) from None
     return _read(inherited, (*seen, path.resolve()), problems) | entries
 
 
-def _walk(node: yaml.MappingNode, prefix: str, path: Path, entries: dict[str, Entry], problems: list[Problem]) -> None:
-    groups = {f.name for f in dataclasses.fields(RunConfig) if isinstance(f.default_factory, type)}
+def _walk(
+    node: yaml.MappingNode,
+    prefix: str,
+    path: Path,
+    groups: frozenset[str],
+    entries: dict[str, Entry],
+    problems: list[Problem],
+) -> None:
     for key_node, value_node in node.value:
         key = f"{prefix}{key_node.value}"
         origin = f"{path}:{key_node.start_mark.line + 1}"
         if key in entries:
             problems.append(Problem(key, f"is given twice, first at {entries[key].origin}", origin))
-        elif isinstance(value_node, yaml.MappingNode):
-            _walk(value_node, f"{key}.", path, entries, problems)
+        elif isinstance(value_node, yaml.MappingNode) and (value_node.value or key in groups):
+            _walk(value_node, f"{key}.", path, groups, entries, problems)
         elif key in groups:
             problems.append(Problem(key, "is a group of settings, a mapping was expected", origin))
         else:
@@ -423,10 +444,11 @@ def anchored(key: str, entry: Entry) -> Entry:
     return Entry(path, entry.origin, path)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """The value with lists for tuples, as YAML and JSON have it."""
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, tuple) else value
+        return {key: plain(item) for key, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, (tuple, list)) else value
 
 
 def _bounds(workers: int | str) -> tuple[int, int] | None:

@@ -24,6 +24,7 @@ TOKEN_TAG = "jem.token"
 _MAX_PARAM = 6000
 _MAX_TAG = 8000
 _MAX_BATCH = 1000
+_MAX_PARAMS = 100  # in one call
 
 _REFUSED = ("INVALID_PARAMETER_VALUE", "ENDPOINT_NOT_FOUND", "FEATURE_DISABLED", "PERMISSION_DENIED", "NOT_IMPLEMENTED")
 """Answers of MLflow to a registration that asking again would not change."""
@@ -82,7 +83,8 @@ class MLflowRun:
         if resume and run.info.status != "RUNNING":
             self._client.update_run(self.run_id, status="RUNNING")
         self._log_params(spec.params, run.data.params)
-        self._set_tags(spec.tags)
+        if not self.created:
+            self._set_tags(spec.tags)
         self._images: set[tuple[str, int]] | None = set() if self.created else None
 
     def send(self, items: Iterable[Item], run_dir: Path) -> None:
@@ -137,7 +139,9 @@ class MLflowRun:
         if found:
             return found[0]
         self.created = True
-        return self._client.create_run(experiment_id, tags={TOKEN_TAG: token}, run_name=spec.run_name)
+        # With all tags at once: a crash right after it must leave no child of a sweep without its parent.
+        tags = {key: str(value)[:_MAX_TAG] for key, value in spec.tags.items()} | {TOKEN_TAG: token}
+        return self._client.create_run(experiment_id, tags=tags, run_name=spec.run_name)
 
     def _experiment(self, spec: RunSpec) -> str:
         from mlflow.exceptions import MlflowException
@@ -167,7 +171,8 @@ class MLflowRun:
         if changed:
             log.warning("MLflow keeps a run's parameters as first logged; these differ now: %s", ", ".join(changed))
         new = [Param(key, value) for key, value in wanted.items() if key not in existing]
-        self._client.log_batch(self.run_id, params=new)
+        for start in range(0, len(new), _MAX_PARAMS):
+            self._client.log_batch(self.run_id, params=new[start : start + _MAX_PARAMS])
 
     def _set_tags(self, tags: Mapping[str, Any]) -> None:
         from mlflow.entities import RunTag

@@ -12,7 +12,7 @@ from typing import Any
 import mlflow.models
 import mlflow.pyfunc
 import numpy as np
-import pandas as pd  # type: ignore[import-untyped]
+import pandas as pd
 from mlflow.exceptions import MlflowException
 
 from jem.errors import JEMError

@@ -1,4 +1,7 @@
-"""Send to MLflow what runs' local logs still hold, after the runs: what jobs/sync.py does."""
+"""Send to MLflow what runs' local logs still hold, after the runs: what jobs/sync.py does.
+
+A sweep is a run, the parent, with a folder of trials: they are sent with it, and after it.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +18,14 @@ from orchestrator.config import shown
 from orchestrator.mlflow_run import RunSpec
 from orchestrator.result import Result
 from orchestrator.runs import RunRecord, lock, read_record
-from orchestrator.survey import Run, choose, find, log_of, look
+from orchestrator.survey import Run, choose, find, holder, log_of, look
 from orchestrator.tracking import default_uri
-from orchestrator.upload import STATE_NAME, kept_spec, send_rest
+from orchestrator.upload import STATE_NAME, child_of, is_whole, kept_spec, send_rest
 
 Say = Callable[[str], None]
+
+TRIALS = "trials"
+"""Below a sweep's folder: its trials, each a run's folder."""
 
 
 @dataclass
@@ -32,10 +38,11 @@ class Synced(Result):
 def sync_runs(arguments: list[str], say: Say = print) -> Synced:
     """Those that are named, or all of a storage that MLflow has not got whole; `say` is told of each at once."""
     storage, named, settings = choose(arguments, ("storage_path", "tracking.uri"))
-    chosen = [look(root) for root in named or find(storage)]
+    chosen = [look(below) for root in named or find(storage) for below in (root, *find(root / TRIALS))]
+    parents: dict[str, str] = {}
     entries = []
-    for run in chosen if named else [run for run in chosen if not run.sent]:
-        entry = _entry(run, settings.get("tracking.uri"))
+    for run in chosen if named else [run for run in chosen if not _sent(run)]:
+        entry = _entry(run, settings.get("tracking.uri"), parents)
         say(f"{entry['name']}: {entry['status']}: {entry['message']}")
         entries.append(entry)
     if not entries:
@@ -48,14 +55,42 @@ def sync_runs(arguments: list[str], say: Say = print) -> Synced:
     return result
 
 
-def _entry(run: Run, uri: str | None) -> dict[str, Any]:
-    """What came of one run; an error of it is told and does not keep the others waiting."""
-    entry: dict[str, Any] = {"name": run.name, "status": "failed", "run_id": run.mlflow.get("run_id"), "message": ""}
+def sweep_of(root: Location) -> Location | None:
+    """The sweep's folder, if the run in this one is a trial."""
+    sweep = root.parent.parent
+    return sweep if root.parent.name == TRIALS and (sweep / "sweep.json").exists() else None
+
+
+def remember_sent(root: Location, record: RunRecord, spec: RunSpec, run_id: str, whole: bool) -> None:
+    """Write into run.json where in MLflow the run is, and whether that is everything."""
+    known = {"uri": shown(spec.uri), "experiment": spec.experiment, "run_id": run_id, "complete": whole}
+    if known.items() <= record.mlflow.items() and (record.result is None or record.result.get("run_id") == run_id):
+        return
+    record.mlflow |= known
+    if record.result is not None:
+        record.result |= {"run_id": run_id, "tracking_uri": shown(spec.uri)}
+    record.save(root)
+
+
+def _sent(run: Run) -> bool:
+    """A sweep has no run.json of a run's kind, and a trial that crashed early may have none."""
+    return run.sent or (not run.record and not run.holder and is_whole(log_of(run.root).parent))
+
+
+def _entry(run: Run, uri: str | None, parents: dict[str, str] | None = None) -> dict[str, Any]:
+    """What came of one run; an error of it is told and does not keep the others waiting.
+
+    `parents` remembers the MLflow runs of the sweeps whose trials have been sent.
+    """
+    sweep = sweep_of(run.root)
+    name = f"{sweep.name}/{run.name}" if sweep else run.name
+    entry: dict[str, Any] = {"name": name, "status": "failed", "run_id": run.mlflow.get("run_id"), "message": ""}
     try:
-        if run.holder:
-            return entry | {"status": "skipped", "message": f"{run.holder} is working on it, and sends it itself"}
-        with lock(run.root):
-            run_id, where, whole = _send(run.root, uri)
+        held = run.holder or (holder(sweep) if sweep else None)
+        if held:
+            return entry | {"status": "skipped", "message": f"{held} is working on it, and sends it itself"}
+        with lock(sweep or run.root):
+            run_id, where, whole = _send(run.root, uri, sweep, {} if parents is None else parents)
         what = "everything is in" if whole else "sent up to its last checkpoint, as its log does not end, to"
         status = "sent" if whole else "open"
         return entry | {"status": status, "run_id": run_id, "message": f"{what} run {run_id} in {where}"}
@@ -63,33 +98,37 @@ def _entry(run: Run, uri: str | None) -> dict[str, Any]:
         return entry | {"message": str(error)}
 
 
-def _send(root: Location, uri: str | None) -> tuple[str, str, bool]:
+def _send(root: Location, uri: str | None, sweep: Location | None, parents: dict[str, str]) -> tuple[str, str, bool]:
     """Send a run that nobody works on and remember it; its MLflow run, where that is, whether it is whole now."""
     record, log_path = read_record(root), log_of(root)
     if not log_path.exists():
         raise JEMError(f"{log_path}: there is no such log here; sync on the machine where the run's driver was")
-    spec = _spec(root, record, log_path.parent)
+    storage = (sweep or root).parent
+    spec = _spec(root, storage, record, log_path.parent)
     if uri or not spec.uri:
         uri = uri or _with_password(record)
-        spec = replace(spec, uri=uri or "", artifact_root=default_uri(root.parent, uri)[1] if uri else None)
+        spec = replace(spec, uri=uri or "", artifact_root=default_uri(storage, uri)[1] if uri else None)
+    if sweep is not None:
+        if sweep.uri not in parents:
+            parents[sweep.uri] = _send(sweep, uri, None, parents)[0]
+        spec = child_of(parents[sweep.uri], spec)
     known = record.mlflow.get("run_id") if record and record.mlflow.get("uri") == shown(spec.uri) else None
     run_id = send_rest(spec, log_path, log_path.parent, known)
     whole = _ends(log_path)
     if record is not None:
-        record.mlflow |= {"uri": shown(spec.uri), "experiment": spec.experiment, "run_id": run_id, "complete": whole}
-        if record.result is not None:
-            record.result |= {"run_id": run_id, "tracking_uri": shown(spec.uri)}
-        record.save(root)
+        remember_sent(root, record, spec, run_id, whole)
+    if (root / TRIALS).is_dir():
+        parents[root.uri] = run_id
     return run_id, shown(spec.uri), whole
 
 
-def _spec(root: Location, record: RunRecord | None, folder: Path) -> RunSpec:
+def _spec(root: Location, storage: Location, record: RunRecord | None, folder: Path) -> RunSpec:
     """The MLflow run as its uploader remembers it, or, where that never came so far, as the driver would name it."""
     if (folder / STATE_NAME).exists() or record is None:
         return kept_spec(folder)[0]
     uri = str(record.mlflow.get("uri") or "")
     uri = "" if ":***@" in uri else uri
-    artifacts = default_uri(root.parent, uri or None)[1] if uri or root.is_local else None
+    artifacts = default_uri(storage, uri or None)[1] if uri or root.is_local else None
     params = {key: str(value) for key, value in record.science.items()}
     tags = {"folder": root.uri, "digest": record.digest}
     return RunSpec(uri, str(record.mlflow.get("experiment") or "jem"), record.name, artifacts, params, tags)

@@ -18,9 +18,11 @@ from orchestrator.mlflow_run import Registered, RunSpec
 from orchestrator.runs import under_ray_job
 from orchestrator.upload import Upload, reason, sync, terminal_status
 
-__all__ = ["Uploader", "default_uri", "sync"]
+__all__ = ["Hurry", "Sender", "Uploader", "default_uri", "end_log", "sync"]
 
 log = logging.getLogger(__name__)
+
+Hurry = Callable[[], bool]
 
 _POLL_S = 1.0
 _MAX_BACKOFF_S = 60.0
@@ -49,6 +51,69 @@ def default_uri(storage: Location, configured: str | None) -> tuple[str, str | N
     return uri, (storage / "mlartifacts").uri
 
 
+class Sender:
+    """The daemon thread that calls `send` again and again: it never raises into the driver and never blocks it.
+
+    `send(hurry, last)` sends what there is, and ends all when it is the `last` time, of which it says whether that
+    is done; `hurry()` says to leave off. It may raise whatever MLflow raises: that is told once, and tried again at
+    longer and longer intervals.
+    """
+
+    def __init__(self, send: Callable[[Hurry, bool], bool], uri: str, kept: Path) -> None:
+        """`uri` and `kept`, where everything is until it is sent, are told when MLflow is away."""
+        self._send, self._uri, self._kept = send, uri, kept
+        self._thread = threading.Thread(target=self._work, name="mlflow-uploader", daemon=True)
+        self._stop = threading.Event()
+        self._deadline = float("inf")
+        self._done = False
+        self._down = False
+
+    @property
+    def complete(self) -> bool:
+        """Whether all has been sent and ended."""
+        return self._done
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def finish(self, timeout: float) -> bool:
+        """Send for the last time, until it succeeds or `timeout` seconds are over; whether it did."""
+        self._deadline = time.monotonic() + timeout
+        self._stop.set()
+        if self._thread.is_alive():
+            self._thread.join(timeout)
+        return self._done
+
+    def _work(self) -> None:
+        backoff = _POLL_S
+        while not self._done and not self._hurry():
+            try:
+                self._done = self._send(self._hurry, self._stop.is_set())
+                backoff, self._down = _POLL_S, False
+            except Exception as error:  # MLflow raises whatever its store, driver or server does
+                self._warn_once(error)
+                backoff = min(2 * backoff, _MAX_BACKOFF_S)
+            self._pause(backoff)
+
+    def _hurry(self) -> bool:
+        return time.monotonic() >= self._deadline
+
+    def _pause(self, backoff: float) -> None:
+        stopping = self._stop.wait(backoff if self._down else _POLL_S)
+        if stopping and self._down:  # the driver is waiting for the end: try more often
+            time.sleep(max(0.0, min(_POLL_S, self._deadline - time.monotonic())))
+
+    def _warn_once(self, error: Exception) -> None:
+        if not self._down:
+            log.warning(
+                "MLflow at %s cannot be written (%s): the run goes on, everything is kept in %s and sent later",
+                shown(self._uri),
+                reason(error, self._uri),
+                self._kept,
+            )
+        self._down = True
+
+
 class Uploader:
     """Sends a run's log to MLflow from a daemon thread: it never raises into the driver and never blocks it."""
 
@@ -69,12 +134,8 @@ class Uploader:
         """`on_run` is called, in the uploader's thread, with the id of a run as soon as it is known."""
         spec = RunSpec(uri, experiment, run_name, artifact_root, _texts(params), _texts(tags))
         self._upload = Upload(spec, Path(log_path), Path(run_dir), run_id, on_run)
-        self._thread = threading.Thread(target=self._work, name="mlflow-uploader", daemon=True)
-        self._stop = threading.Event()
-        self._deadline = float("inf")
+        self._sender = Sender(self._send, uri, Path(log_path))
         self._status: str | None = None
-        self._done = False
-        self._down = False
 
     @property
     def run_id(self) -> str | None:
@@ -87,67 +148,55 @@ class Uploader:
     @property
     def complete(self) -> bool:
         """Whether all that there is has been sent, and the run closed."""
-        return self._done
+        return self._sender.complete
 
     def start(self) -> None:
-        self._thread.start()
+        self._sender.start()
 
     def finish(self, status: str, timeout: float) -> str | None:
         """Send everything, close the run as `status` (finished, stopped, failed, ...), and return its id.
 
         After `timeout` seconds it gives up with a warning: the log keeps what is not sent.
         """
-        self._end_log(status)
+        end_log(self._upload.log_path, status)
         self._status = terminal_status(status)
-        self._deadline = time.monotonic() + timeout
-        self._stop.set()
-        if self._thread.is_alive():
-            self._thread.join(timeout)
-        if not self._done:
+        if not self._sender.finish(timeout):
             log.warning("%s", self._upload.what_is_left())
         return self.run_id
 
-    def _end_log(self, status: str) -> None:
-        """Whether points were sent without a checkpoint must be readable in the log: `end` says so."""
+    def _send(self, hurry: Hurry, last: bool) -> bool:
         try:
-            written, _ = events.read(self._upload.log_path)
-            if not written or written[-1]["kind"] != "end":
-                ending = events.EventLog(self._upload.log_path)
-                ending.append("end", status=status)
-                ending.close()
-        except OSError as error:
-            log.warning("%s cannot be ended (%s)", self._upload.log_path, error)
+            self._upload.catch_up(hurry)
+            if not last or hurry():
+                return False
+            self._upload.close(self._status)
+            return True
+        except Exception:
+            self._upload.disconnect()
+            raise
 
-    def _work(self) -> None:
-        backoff = _POLL_S
-        while not self._done and time.monotonic() < self._deadline:
-            stopping = self._stop.is_set()
-            try:
-                self._upload.catch_up(lambda: time.monotonic() >= self._deadline)
-                if stopping and time.monotonic() < self._deadline:
-                    self._upload.close(self._status)
-                    self._done = True
-                backoff, self._down = _POLL_S, False
-            except Exception as error:  # MLflow raises whatever its store, driver or server does
-                self._upload.disconnect()
-                self._warn_once(error)
-                backoff = min(2 * backoff, _MAX_BACKOFF_S)
-            self._pause(backoff)
 
-    def _pause(self, backoff: float) -> None:
-        stopping = self._stop.wait(backoff if self._down else _POLL_S)
-        if stopping and self._down:  # the driver is waiting for the end: try more often
-            time.sleep(max(0.0, min(_POLL_S, self._deadline - time.monotonic())))
+def end_log(log_path: Path, status: str, tags: Mapping[str, str] | None = None) -> None:
+    """Whether points were sent without a checkpoint must be readable in the log: `end` says so.
 
-    def _warn_once(self, error: Exception) -> None:
-        if not self._down:
-            log.warning(
-                "MLflow at %s cannot be written (%s): the run goes on, everything is kept in %s and sent later",
-                shown(self._upload.spec.uri),
-                reason(error, self._upload.spec.uri),
-                self._upload.log_path,
-            )
-        self._down = True
+    With `tags` the log says these, too, and ends anew where it ended otherwise.
+    """
+    try:
+        written, _ = events.read(log_path)
+        if written and written[-1]["kind"] == "end" and (tags is None or _says(written, status, tags)):
+            return
+        ending = events.EventLog(log_path)
+        if tags is not None:
+            ending.append("tags", tags=dict(tags))
+        ending.append("end", status=status)
+        ending.close()
+    except OSError as error:
+        log.warning("%s cannot be ended (%s)", log_path, error)
+
+
+def _says(written: list[events.Event], status: str, tags: Mapping[str, str]) -> bool:
+    told = [event["tags"] for event in written if event["kind"] == "tags"]
+    return written[-1].get("status") == status and any(tags.items() <= known.items() for known in told[-1:])
 
 
 def _texts(values: Mapping[str, Any] | None) -> dict[str, str]:

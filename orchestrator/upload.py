@@ -26,13 +26,15 @@ from orchestrator.outbox import Outbox, Tags, legal_name
 log = logging.getLogger(__name__)
 
 STATE_NAME = "uploaded.json"
+PARENT_TAG = "mlflow.parentRunId"
 EVALUATED = ("test/", "test_scaled/", "ood/", "noise", "val/temperature")
 """Points that jobs/evaluate.py sends too: none of them was lost with a log."""
 
 _CHUNK = 256 * 1024  # bytes of log that are sent before it is remembered
 
-# How a run ends in the log's words -> MLflow's. Anything else is a failure.
-_TERMINAL = {"finished": "FINISHED", "stopped": "KILLED", "killed": "KILLED"}
+# How a run, or a trial of a sweep, ends in the log's words -> MLflow's. Anything else is a failure.
+_KILLED = ("stopped", "killed", "pruned", "out of time")
+_TERMINAL = {"finished": "FINISHED"} | dict.fromkeys(_KILLED, "KILLED")
 
 
 def sync(run_dir: Path, uri: str | None = None) -> str:
@@ -55,6 +57,20 @@ def kept_spec(run_dir: Path) -> tuple[RunSpec, Path]:
         raise ConfigError(f"{state_path}: not the state of an upload ({error}): is this a run's directory?") from error
 
 
+def child_of(parent: str, spec: RunSpec) -> RunSpec:
+    """The MLflow run below the run `parent`."""
+    return replace(spec, tags={**spec.tags, PARENT_TAG: parent})
+
+
+def is_whole(run_dir: Path) -> bool:
+    """Whether MLflow has all of a run's log and has ended the run, as far as uploaded.json knows."""
+    try:
+        kept = json.loads((Path(run_dir) / STATE_NAME).read_text())
+        return bool(kept["state"]["closed"] == (Path(run_dir) / kept["log"]).stat().st_size)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
 def send_rest(spec: RunSpec, log_path: Path, run_dir: Path, run_id: str | None = None) -> str:
     """As `sync`, to an MLflow run that the caller describes."""
     if not spec.uri:
@@ -75,7 +91,7 @@ class _State:
     """What uploaded.json remembers.
 
     `floor`: what the MLflow run has from elsewhere (see Outbox), None while that is not known; `token` finds a run
-    whose creation was not answered.
+    whose creation was not answered; `closed`: where the log ended when the run was ended, -1 while it is open.
     """
 
     run_id: str | None = None
@@ -84,6 +100,7 @@ class _State:
     floor: dict[str, int] | None = None
     rewritten: list[tuple[int, int]] = field(default_factory=list)
     models: dict[str, dict[str, str]] = field(default_factory=dict)  # Registered, by digest
+    closed: int = -1
 
     def outbox(self) -> Outbox:
         return Outbox(self.floor or {}, rewritten=[(first, last) for first, last in self.rewritten])
@@ -144,14 +161,30 @@ class Upload:
             status = terminal_status(str(self._outbox.status))
         if status is not None:
             self._run.terminate(status)
+            self._state.closed = self._position
+            self._remember()
 
     def disconnect(self) -> None:
         self._run = None
 
-    def what_is_left(self) -> str:
+    @property
+    def connected(self) -> bool:
+        """Whether the run has been found or made in MLflow, so that `run_id` is known to be there."""
+        return self._run is not None
+
+    def reserve(self) -> None:
+        """Write down what the MLflow run is to be, for `sync`, in case that this process never gets so far."""
+        if not (self.run_dir / STATE_NAME).exists():
+            self._remember()
+
+    def left(self) -> int:
+        """Points and files that are not known to be in MLflow."""
         outbox = self._replay()
         ready = [item for event in events.read(self.log_path, self._state.offset)[0] for item in outbox.feed(event)]
-        left = sum(not isinstance(item, Tags) for item in ready) + len(outbox.waiting)
+        return sum(not isinstance(item, Tags) for item in ready) + len(outbox.waiting)
+
+    def what_is_left(self) -> str:
+        left = self.left()
         what = f"{left} points and files are" if left else "the run's end is"
         return (
             f"MLflow at {shown(self.spec.uri)} has not got everything: {what} still only in {self.log_path}; "
@@ -166,6 +199,8 @@ class Upload:
             self._state.offset, self._state.floor, self._state.rewritten = 0, {}, []
         elif self._state.floor is None:
             self._adopt(run)
+        if self._live or run.created:
+            self._state.closed = -1
         self._remember()
         if self._on_run is not None and run.run_id != self._announced:
             self._on_run(run.run_id)

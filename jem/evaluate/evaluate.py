@@ -11,7 +11,8 @@ from jem.config import EvaluateConfig
 from jem.data.augment import to_float
 from jem.data.sources import Split
 from jem.energy import Logits
-from jem.evaluate import calibration, classification
+from jem.evaluate import calibration, classification, ood, scores
+from jem.evaluate.sets import interpolations
 from jem.randomness import generator
 from jem.world import World
 
@@ -20,9 +21,16 @@ BATCH = 250
 
 
 def validate(network: Logits, split: Split, config: EvaluateConfig, world: World, like: Tensor) -> dict[str, float]:
-    """`{accuracy, nll, ece}` on a split; the same on every rank. Images get `like`'s device and dtype."""
-    logits = over_batches(network, to_float(split.images, torch.float32), config, world, like, "clean")
-    return classification_metrics(logits, split.labels)
+    """`{accuracy, nll, ece, ood/interp/log_px/auroc}` on a split; the same on every rank.
+
+    Outliers are the midpoints of the split's own images: no test image is looked at. Images get `like`'s device and
+    dtype. Raises DivergedError if a logit is not finite.
+    """
+    images = to_float(split.images, torch.float32)
+    logits = over_batches(network, images, config, world, like, "clean")
+    between = over_batches(network, interpolations(images), config, world, like, "interp")
+    found = ood.auroc(scores.log_px(logits), scores.log_px(between))
+    return classification_metrics(logits, split.labels) | {"ood/interp/log_px/auroc": found}
 
 
 def classification_metrics(logits: Tensor, labels: Tensor) -> dict[str, float]:

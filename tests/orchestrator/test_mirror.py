@@ -11,7 +11,7 @@ from worker_runs import HOOKED, Death, die, fit, object_store, poison, state_of,
 
 from jem.files import Location
 from orchestrator import events, mirror
-from orchestrator.launch import Attempt
+from orchestrator.launch import Launch
 from orchestrator.mirror import Mirror
 from orchestrator.runs import open_record, spool_of
 
@@ -154,7 +154,7 @@ def test_a_run_that_fresh_has_moved_away_leaves_no_log_to_the_new_one(store, tmp
     spool = spool_of(root)
     for number in (1, 2):
         record = open_record(root, config, fresh=True)
-        attempt = Attempt(config, root, record, f"sqlite:///{tmp_path}/mlflow.db", str(tmp_path / "artifacts"))
+        attempt = Launch(config, root, record, f"sqlite:///{tmp_path}/mlflow.db", str(tmp_path / "artifacts"))
         assert attempt.folder == spool
         assert not spool.exists()
         assert attempt.uploader.run_id is None
@@ -162,6 +162,6 @@ def test_a_run_that_fresh_has_moved_away_leaves_no_log_to_the_new_one(store, tmp
         record.save(root)
         events.EventLog(attempt.log_path).append("note", text=f"run {number}")
         (spool / "uploaded.json").write_text(json.dumps({"state": {"run_id": f"mlflow run {number}"}}))
-        again = Attempt(config, root, record, f"sqlite:///{tmp_path}/mlflow.db", str(tmp_path / "artifacts"))
+        again = Launch(config, root, record, f"sqlite:///{tmp_path}/mlflow.db", str(tmp_path / "artifacts"))
         assert again.uploader.run_id == f"mlflow run {number}"
     assert events.read(Path(f"{spool}.1") / "events.jsonl")[0][0]["text"] == "run 1"

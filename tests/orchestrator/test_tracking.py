@@ -6,7 +6,6 @@ import json
 import math
 import shutil
 import socket
-import sqlite3
 import subprocess
 import sys
 import threading
@@ -16,12 +15,13 @@ from pathlib import Path
 
 import pytest
 from made_models import portable
+from made_stores import Store, closed_port, empty_store
 from PIL import Image
 
 from jem.errors import ConfigError, JEMError
 from jem.files import Location
 from orchestrator.events import EventLog, read
-from orchestrator.mlflow_run import TOKEN_TAG, MLflowRun, RunSpec
+from orchestrator.mlflow_run import TOKEN_TAG, RunSpec
 from orchestrator.tracking import Uploader, default_uri, sync
 from orchestrator.upload import Upload
 
@@ -29,49 +29,10 @@ pytestmark = pytest.mark.timeout(120)
 ROOT = Path(__file__).parents[2]
 
 
-class Store:
-    """An MLflow store of the test's own, and what is in it."""
-
-    def __init__(self, folder: Path) -> None:
-        self.db = folder / "mlflow.db"
-        self.uri = f"sqlite:///{self.db}"
-        self.artifacts = folder / "mlartifacts"
-
-    def rows(self, query, *args):
-        with sqlite3.connect(self.db) as connection:
-            return connection.execute(query, args).fetchall()
-
-    def points(self, run_id):
-        return self.rows("SELECT key, step, value, is_nan FROM metrics WHERE run_uuid = ? ORDER BY key, step", run_id)
-
-    def steps(self, run_id, key="train/loss"):
-        return [step for k, step, _, _ in self.points(run_id) if k == key]
-
-    def tags(self, run_id):
-        return dict(self.rows("SELECT key, value FROM tags WHERE run_uuid = ?", run_id))
-
-    def params(self, run_id):
-        return dict(self.rows("SELECT key, value FROM params WHERE run_uuid = ?", run_id))
-
-    def status(self, run_id):
-        return self.rows("SELECT status FROM runs WHERE run_uuid = ?", run_id)[0][0]
-
-    def runs(self):
-        return [run_id for (run_id,) in self.rows("SELECT run_uuid FROM runs ORDER BY start_time")]
-
-    def files(self, run_id):
-        root = self.artifacts / run_id / "artifacts"
-        return sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.is_file())
-
-
 @pytest.fixture(scope="session")
 def migrated(tmp_path_factory):
     """An empty store: making its tables takes seconds, copying the file does not."""
-    store = Store(tmp_path_factory.mktemp("mlflow"))
-    MLflowRun(RunSpec(store.uri, "warm up", "none", str(store.artifacts)), None, "token")
-    store.rows("DELETE FROM tags")
-    store.rows("DELETE FROM runs")
-    return store.db
+    return empty_store(tmp_path_factory.mktemp("mlflow")).db
 
 
 @pytest.fixture
@@ -111,12 +72,6 @@ def uploader(store, run_dir, **changes):
 def upload(store, run_dir, run_id=None, **spec):
     fields = {"experiment": "jem", "run_name": "digits", "artifact_root": str(store.artifacts)} | spec
     return Upload(RunSpec(store.uri, **fields), run_dir / "events.jsonl", run_dir, run_id)
-
-
-def closed_port():
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
 
 
 def test_a_run_is_in_mlflow_whole(store, run_dir, log, capfd):

@@ -1,0 +1,349 @@
+"""How a sweep's file and `key=value` arguments become a `Sweep`, or all that is wrong with them.
+
+Neither torch nor Ray is imported here: mistakes, --help and a sweep's name are instant.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from jem.errors import ConfigError, Problem
+from jem.settings import Entry, Settings, build, describe, digest, flatten, group, override, setting
+from orchestrator.config import (
+    DEFAULTS,
+    GROUPS,
+    ON_DISK,
+    RECIPES,
+    EvaluateConfig,
+    RunConfig,
+    anchored,
+    data_problems,
+    find_yaml,
+    folder_name,
+    mistakes,
+    parse_arguments,
+    plain,
+    read_recipe,
+    read_yaml,
+    shareable,
+)
+from orchestrator.sweep.axes import Written, changed, gather, read_space
+from orchestrator.sweep.schedule import check, resolved, shared
+from orchestrator.sweep.space import Space, words
+
+S = TypeVar("S", bound=Settings)
+
+SWEEPS = Path(__file__).resolve().parents[2] / "jobs" / "sweeps"
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A validation figure that a sweep improves."""
+
+    key: str
+    mode: str  # min, max
+    worst: float  # what a trial that crashed or diverged counts as
+
+
+OBJECTIVES = {
+    objective.key: objective
+    for objective in (
+        Objective("val/accuracy", "max", 0.0),
+        Objective("val/nll", "min", 100.0),
+        Objective("val/ece", "min", 1.0),
+        Objective("val/ood/interp/log_px/auroc", "max", 0.0),
+    )
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SchedulerConfig(Settings):
+    """Which trials end early, or go on from others."""
+
+    name: str = setting(
+        "none",
+        choices=("none", "asha", "pbt"),
+        doc="asha: the worse ones end early; pbt: the worst go on from the best, weights, chains and all, with "
+        "settings near theirs",
+    )
+    grace_steps: int | None = setting(None, ge=1, doc="asha: steps every trial gets; none: a quarter of the steps")
+    reduction_factor: float = setting(3.0, gt=1, doc="asha: one trial in so many goes on, and gets so many times more")
+    interval_steps: int | None = setting(None, ge=1, doc="pbt: steps between comparisons; none: a fifth of the steps")
+    quantile: float = setting(0.25, gt=0, le=0.5, doc="pbt: share of the trials that go on from as many of the best")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BudgetConfig(Settings):
+    """What the sweep may take."""
+
+    trials: int = setting(16, ge=2, doc="of the search, the base's among them")
+    minutes: float | None = setting(None, gt=0, doc="wall clock of the whole sweep, finalists included; none: no limit")
+    steps: int | None = setting(None, ge=1, doc="optimiser steps of a trial; none: the recipe's")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResourcesConfig(Settings):
+    """What one worker of a trial is given: as many trials run at once as fit."""
+
+    cpu: float = setting(1.0, gt=0, doc="CPUs a worker")
+    gpu: float | None = setting(
+        None, ge=0, doc="GPUs a worker, 0.5 for two to share one; none: 1 where device=cuda, or auto and there are any"
+    )
+    memory: float = setting(1.0, ge=0, doc="GiB a worker")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepConfig(Settings):
+    """What is searched for, how, and with what."""
+
+    base: str = setting(doc="recipe that the search starts from: a bundled one, or a path relative to the sweep's file")
+    name: str | None = setting(None, doc="of the sweep; none: its file's name and a digest of what it does")
+    objective: tuple[str, ...] = setting(
+        ("val/nll",), choices=tuple(OBJECTIVES), doc="validation figures that are improved: one, or a list"
+    )
+    searcher: str = setting(
+        "random",
+        choices=("random", "grid", "tpe"),
+        doc="tpe: Optuna's, which learns from the trials before; grid: every combination of the grid's axes",
+    )
+    scheduler: SchedulerConfig = group(SchedulerConfig)
+    budget: BudgetConfig = group(BudgetConfig)
+    concurrency: int | None = setting(None, ge=1, doc="trials at once; none: as many as fit")
+    resources: ResourcesConfig = group(ResourcesConfig)
+    finalists: int = setting(2, ge=0, doc="best candidates that are trained again, beside the base; 0: none are")
+    seeds: int = setting(3, ge=1, doc="seeds that each finalist and the base are trained with")
+    seed: int = setting(0, ge=0, lt=2**31, doc="of the search: of what is drawn, and of every trial's training")
+
+    def conflicts(self) -> Iterator[tuple[str, str]]:
+        if self.name is not None:
+            yield from folder_name("name", self.name)
+        if not self.objective or len(set(self.objective)) < len(self.objective):
+            yield "objective", f"is {plain(self.objective)}, must be one figure or several different ones"
+        name, several = self.scheduler.name, len(set(self.objective)) > 1
+        if several and name != "none":
+            yield "scheduler.name", f"is {name}, which compares trials by one objective; use none, or one objective"
+        if name == "pbt" and self.searcher != "random":
+            yield "searcher", f"is {self.searcher}, must be random with scheduler.name=pbt: its population is drawn"
+        if name == "pbt" and self.budget.trials < 4:
+            message = f"is {self.budget.trials}, must be at least 4 with scheduler.name=pbt: they learn from each other"
+            yield "budget.trials", message
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A sweep, ready to run."""
+
+    config: SweepConfig  # budget.steps and the scheduler's steps are resolved
+    run: RunConfig  # of every trial, but for its point: the base, the fixed settings and what all trials share
+    space: Space
+    science: dict[str, Any]  # what makes it this sweep and no other; JSON
+    stem: str  # of its file
+
+    @property
+    def name(self) -> str:
+        return self.config.name or f"{self.stem}-{digest(self.science)}"
+
+
+USUAL = {f"evaluate.{key}": value for key, value in flatten(EvaluateConfig()).items()}
+
+OWN = {key for key, _, _ in describe(SweepConfig)}
+OWN_GROUPS = frozenset(key.split(".")[0] for key in OWN if "." in key)
+RUNS = {key for key, _, _ in describe(RunConfig)}
+
+SET_BY_SWEEP = {
+    "name": "trials are named by the sweep; name= is the sweep's own",
+    "seed": "seed= is the sweep's own, of every trial in the search",
+    "steps": "the steps of a trial are budget.steps",
+    "evaluate.suite": "must be none: test data are touched once, by the winner",
+    "evaluate.register": "must be false: only the winner is registered",
+}
+
+
+def load_sweep(sweep: str, arguments: Sequence[str]) -> Sweep:
+    """The sweep of a bundled name or a file and of `key=value` arguments; every mistake in one ConfigError."""
+    typed, problems = parse_arguments(arguments)
+    try:
+        path = find_yaml(sweep, None, SWEEPS, "sweep")
+        written = read_yaml(path, OWN_GROUPS | {"space", "settings"}, problems, "sweep")
+    except ConfigError as error:
+        raise ConfigError([*error.problems, *problems]) from None
+    own, in_file, fixed = _sorted(written, problems, typed=False)
+    typed_own, on_line, typed_fixed = _sorted(typed, problems, typed=True)
+    if "steps" in typed_fixed:
+        typed_own["budget.steps"] = typed_fixed.pop("steps")
+    own |= typed_own
+    axes: dict[str, Written] = {}
+    removed: set[str] = set()
+    gather(in_file, axes, set(), problems)
+    retyped = gather(on_line, axes, removed, problems)
+    fixed = _one_of_both(fixed, typed_fixed, axes, retyped, removed, problems)
+    if "objective" in own and not isinstance(own["objective"].value, list):
+        own["objective"] = Entry([own["objective"].value], own["objective"].origin)
+    config = _built(SweepConfig, own, problems)
+    base, run = _base(own.get("base"), path, config, own, fixed, problems)
+    found: list[Problem] = []
+    space = read_space(axes, run, removed, found)
+    if not axes and not any(p.key.startswith("space") for p in problems):
+        found.append(Problem("space", "has no axes, so that there is nothing to search", str(path)))
+    problems += found
+    if config is not None and run is not None:
+        config = resolved(replace(config, base=base), run)
+        run = override(run, shared(config, run, fixed))
+        said = check(config, run, space) if not found else []
+        problems += [replace(p, origin=(own | fixed)[p.key].origin) if p.key in own | fixed else p for p in said]
+    if problems or config is None or run is None:
+        raise ConfigError(problems)
+    return Sweep(config, run, space, _science(config, run, space), path.stem)
+
+
+def trial_config(sweep: Sweep, point: Mapping[str, Any], **changes: Any) -> RunConfig:
+    """The run of a trial at `point`, with other changes by their dotted keys. Raises ConfigError if it cannot be."""
+    return changed(sweep.run, {**point, **changes})
+
+
+def bundled_sweeps() -> list[str]:
+    return sorted(path.stem for path in SWEEPS.glob("*.yaml"))
+
+
+def to_yaml(sweep: Sweep) -> str:
+    """The whole sweep as a file that gives it again, its name too, but for a password in tracking.uri."""
+    text: dict[str, Any] = plain(dataclasses.asdict(replace(sweep.config, name=sweep.name)))
+    settings = plain(dataclasses.asdict(shareable(sweep.run)))
+    for key in (*SET_BY_SWEEP, *(axis.key for axis in sweep.space)):
+        *groups, last = key.split(".")
+        within = settings
+        for name in groups:
+            within = within.get(name) or {}
+        within.pop(last, None)
+    settings = {key: value for key, value in settings.items() if value or key not in GROUPS}
+    return yaml.safe_dump(text | {"settings": settings, "space": _as_written(sweep.space)}, sort_keys=False)
+
+
+def _as_written(space: Space) -> dict[str, Any]:
+    return {
+        axis.key: {axis.kind: plain(axis.values)} | ({"when": plain(dict(axis.when))} if axis.when else {})
+        for axis in space
+    }
+
+
+def _science(config: SweepConfig, run: RunConfig, space: Space) -> dict[str, Any]:
+    """What makes a sweep this one, flat. Defaults are left out: a setting that a later version adds renames none."""
+    measured = {f"evaluate.{key}": getattr(run.evaluate, key) for key in ("every", "final", "ema", "noise_std")}
+    used = {"none": (), "asha": ("grace_steps", "reduction_factor"), "pbt": ("interval_steps", "quantile")}
+    science = {key: value for key, value in run.science.items() if key == "seed" or value != DEFAULTS[key]}
+    science |= {key: value for key, value in measured.items() if key == "evaluate.every" or value != USUAL[key]}
+    science |= {"steps": run.steps, "objective": config.objective, "searcher": config.searcher}
+    science |= {f"scheduler.{key}": getattr(config.scheduler, key) for key in ("name", *used[config.scheduler.name])}
+    science |= {"budget.trials": config.budget.trials}
+    science |= {f"space.{key}": axis for key, axis in _as_written(space).items()}
+    return dict(json.loads(json.dumps(science)))
+
+
+def _sorted(
+    entries: Mapping[str, Entry], problems: list[Problem], *, typed: bool
+) -> tuple[dict[str, Entry], dict[str, Entry], dict[str, Entry]]:
+    """The sweep's own settings, those of its space, and those of its runs."""
+    own: dict[str, Entry] = {}
+    space: dict[str, Entry] = {}
+    fixed: dict[str, Entry] = {}
+    for key, entry in entries.items():
+        top, _, rest = key.partition(".")
+        if top in ("space", "settings") and rest:
+            (space if top == "space" else fixed)[rest] = entry
+        elif key in ("space", "settings"):
+            problems.append(Problem(key, f"is a group, of which {key}.KEY... sets one", entry.origin))
+        elif key in OWN or top in OWN_GROUPS:
+            own[key] = entry
+        elif not typed and top in {known.split(".")[0] for known in RUNS}:
+            message = "is a setting of the runs: written below settings: it is that of every trial"
+            problems.append(Problem(key, message, entry.origin))
+        elif not typed or (top not in GROUPS and _nearer_to_own(key)):
+            own[key] = entry
+        else:
+            fixed[key] = entry
+    for key in [k for k in fixed if k in SET_BY_SWEEP and not (typed and k == "steps")]:
+        entry = fixed.pop(key)
+        if (key, entry.value) not in (("evaluate.suite", "none"), ("evaluate.register", False)):
+            problems.append(Problem(key, f"is {words(entry.value)}: {SET_BY_SWEEP[key]}", entry.origin))
+    return own, space, fixed
+
+
+def _nearer_to_own(key: str) -> bool:
+    close = difflib.get_close_matches(key, sorted(RUNS | OWN), 1) if key not in RUNS else []
+    return bool(close) and close[0] in OWN
+
+
+def _one_of_both(
+    fixed: dict[str, Entry],
+    typed: dict[str, Entry],
+    axes: dict[str, Written],
+    retyped: set[str],
+    removed: set[str],
+    problems: list[Problem],
+) -> dict[str, Entry]:
+    """All fixed settings. What is typed wins, over an axis of the file or over a setting of the file."""
+    both = fixed | typed
+    for key in sorted(axes.keys() & both.keys()):
+        if key in typed and key not in retyped:
+            del axes[key]
+            removed.add(key)
+        elif key in retyped and key not in typed:
+            del both[key]
+        else:
+            there = next(iter(axes[key].kinds.values()), both[key]).origin
+            message = f"is fixed, and an axis of the space too ({there}); leave out one of them"
+            problems.append(Problem(key, message, both[key].origin))
+    return both
+
+
+def _built(cls: type[S], entries: Mapping[str, Entry], problems: list[Problem]) -> S | None:
+    try:
+        return build(cls, entries)
+    except ConfigError as error:
+        problems += error.problems
+        return None
+
+
+def _base(
+    base: Entry | None,
+    path: Path,
+    config: SweepConfig | None,
+    own: Mapping[str, Entry],
+    fixed: Mapping[str, Entry],
+    problems: list[Problem],
+) -> tuple[str, RunConfig | None]:
+    """The recipe's name or absolute path, and its run with the fixed settings and those that the sweep has.
+
+    If the fixed settings are wrong, the recipe alone, for the space to be checked on; None: that is wrong too.
+    """
+    if base is None or not isinstance(base.value, str):
+        problems += [p for p in mistakes(dict(fixed)) if p.origin]
+        return "", None
+    try:
+        recipe = find_yaml(base.value, None if base.raw else path, RECIPES, "recipe")
+        written = read_recipe(str(recipe), problems)
+    except ConfigError as error:
+        problems += [Problem("base", str(replace(p, origin="")), p.origin or base.origin) for p in error.problems]
+        problems += [p for p in mistakes(dict(fixed)) if p.origin]
+        return "", None
+    entries = {**written, **fixed, "name": Entry(None)}
+    if config is not None:
+        entries["seed"] = Entry(config.seed)
+        if config.budget.steps is not None:
+            entries["steps"] = Entry(config.budget.steps, own["budget.steps"].origin)
+    entries = {key: anchored(key, entry) for key, entry in entries.items()}
+    run = _built(RunConfig, entries, problems)
+    if run is None:
+        run = _built(RunConfig, written, [])
+    elif run.data.name not in ON_DISK:
+        found = data_problems(run)
+        problems += [replace(p, origin=entries[p.key].origin if p.key in entries else "") for p in found]
+    return str(recipe.absolute()) if recipe.parent != RECIPES else recipe.stem, run
