@@ -13,26 +13,23 @@ from jem.evaluate.others import check_sets
 from jem.files import Location
 from orchestrator import events
 from orchestrator.attempt import Attempt, failed
-from orchestrator.command import RAY_THREAD
 from orchestrator.config import RunConfig, check_folder, shown
 from orchestrator.control import request_stop
 from orchestrator.facts import facts
 from orchestrator.mirror import Mirror
 from orchestrator.progress import Progress, follow
-from orchestrator.ray_cluster import leave_ray, start_ray, train_on_ray
+from orchestrator.ray_cluster import start_ray, train_on_ray
 from orchestrator.registry import resolve_model
 from orchestrator.result import Result
 from orchestrator.runs import RunRecord, lock, open_record, storage_of, write_config
 from orchestrator.signals import StopSignals
 from orchestrator.tracking import Uploader, default_uri
+from orchestrator.waiting import wait_for_ray
 
 log = logging.getLogger(__name__)
 
-CLOSING_S = 7.0
-"""Of the time that a signal leaves (signals.STOP_WITHIN_S): for what follows the workers' last checkpoint."""
-
 SAVING_S = 2.0
-"""Of that time: for run.json and the last line, after MLflow."""
+"""Of the time that a signal leaves (signals.STOP_WITHIN_S): for run.json and the last line, after MLflow."""
 
 UPLOAD_S = 60.0
 """How long the end waits for MLflow."""
@@ -114,37 +111,7 @@ class Launch(Attempt):
             return train_on_ray(self.config, self.root, self.log_path, self.number, init_from, cluster)
 
     def _wait_for_training(self) -> dict[str, Any]:
-        """Wait in the main thread, where signals arrive, while Ray works in another.
-
-        On the main thread ray.init would exit at a SIGTERM, and fit() abort at a SIGINT. The thread lives as long
-        as Ray does: on Linux the processes of a private Ray are killed when it ends.
-        """
-        box: list[Any] = []
-
-        def call() -> None:
-            try:
-                box.append(self._train())
-            except BaseException as error:  # handed over to the main thread
-                box.append(error)
-
-        thread = threading.Thread(target=call, daemon=True, name=RAY_THREAD)
-        thread.start()
-        asking = None
-        while thread.is_alive():
-            self.signals.listen()  # Ray's C++ side takes SIGTERM at some point of ray.init, and would abort
-            thread.join(0.05)
-            if self.signals.stopping and asking is None:
-                asking = threading.Thread(target=self._ask_to_stop, daemon=True, name="ask to stop")
-                asking.start()
-            if self.signals.left < CLOSING_S:
-                leave_ray(patience_s=CLOSING_S / 2)
-                return {
-                    "status": "stopped",
-                    "message": "stopped before the workers ended by themselves",
-                }
-        if isinstance(box[0], BaseException):
-            raise box[0]
-        return box[0]  # type: ignore[no-any-return]
+        return wait_for_ray(self._train, self.signals, self._ask_to_stop)
 
     def _ask_to_stop(self) -> None:
         """In a thread of its own: a storage that hangs may not keep the driver from ending."""

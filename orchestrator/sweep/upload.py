@@ -100,6 +100,12 @@ class Uploads:
         end_log(trial.log_path, status, {"status": status, "reason": reason})
         trial.over = status
 
+    def reopen(self, name: str) -> None:
+        """The trial is worked on again; close it again when that is done."""
+        with self._lock:
+            trial = self._trials[name]
+            trial.over, trial.done = None, False
+
     def finish(self, status: str, timeout: float) -> str | None:
         """Send everything, close the parent as `status`, and return its id.
 

@@ -1,0 +1,86 @@
+"""While trials run: who they are and how far, on the screen and for MLflow; and whether there is time for more."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from jem.files import Location
+from orchestrator.mlflow_run import RunSpec
+from orchestrator.sweep.config import Sweep
+from orchestrator.sweep.live import Board, TrialState
+from orchestrator.sweep.table import Row, best, read_trials
+from orchestrator.sweep.trial import CLOSING, TRIALS
+from orchestrator.sweep.upload import Uploads
+
+LOOK_EVERY_S = 1.0
+OVER = ("finished", "pruned", "diverged", "failed")
+WINNER_S = 15.0
+"""Kept for the end: the winner is measured, tables and pictures are made."""
+
+
+class Overseer:
+    """Reads the trials' folders about once a second."""
+
+    def __init__(
+        self,
+        sweep: Sweep,
+        root: Location,
+        uploads: Uploads,
+        spec: Callable[[str], RunSpec],
+        stage: str,
+        n: int,
+        at_once: int,
+    ) -> None:
+        self.sweep, self.root, self.uploads, self.spec, self.stage = sweep, root, uploads, spec, stage
+        self.at_once = at_once
+        self.board = Board(f"{sweep.name}, {stage}", sweep.config.objective, n, at_once)
+        self.closed: set[str] = set()
+
+    @contextmanager
+    def watching(self, spent: float, began: float, reserve: int) -> Iterator[None]:
+        """`spent`: seconds of earlier attempts; `reserve`: how many whole trials must still fit after this stage."""
+        stop = threading.Event()
+
+        def watch() -> None:
+            while not stop.wait(LOOK_EVERY_S):
+                self.look(spent + time.time() - began, reserve)
+
+        thread = threading.Thread(target=watch, daemon=True, name="overseer")
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()
+            self.look(spent + time.time() - began, reserve)
+            self.board.close()
+
+    def look(self, elapsed: float, reserve: int) -> None:
+        rows = read_trials(self.root)
+        for row in rows:
+            folder = (self.root / TRIALS / row.name).local
+            self.uploads.add(row.name, self.spec(row.name), folder / "events.jsonl", folder)
+            if row.status in OVER and row.name not in self.closed:
+                self.closed.add(row.name)
+                self.uploads.close_trial(row.name, row.status, row.reason)
+        minutes = self.sweep.config.budget.minutes
+        budget = minutes * 60 if minutes else None
+        own = [row for row in rows if row.stage == self.stage]
+        if budget is not None and elapsed > budget - self.needed(own, reserve):
+            (self.root / CLOSING).write(b"the budget is spent")
+        self.board.update(
+            [self.state(row) for row in own], [self.state(row) for row in best(rows, self.sweep)], elapsed, budget
+        )
+
+    def needed(self, rows: list[Row], reserve: int) -> float:
+        """Seconds for a trial that would begin now, for those of the next stage, and for the end."""
+        whole = [row.seconds for row in rows if row.status == "finished"]
+        each = sum(whole) / len(whole) if whole else 0.0
+        return each + each * -(-reserve // self.at_once) + WINNER_S
+
+    def state(self, row: Row) -> TrialState:
+        values = {key: row.metrics[key] for key in self.sweep.config.objective if key in row.metrics}
+        return TrialState(row.name, row.status, row.step, self.sweep.run.steps, values, row.point)

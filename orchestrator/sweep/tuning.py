@@ -1,0 +1,168 @@
+"""Ray Tune over the trials of a stage: what it is told, and what it tells of a trial to who searches."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ray import tune
+from ray.tune.schedulers import ASHAScheduler, TrialScheduler
+from ray.tune.search import Searcher
+from ray.tune.search.optuna import OptunaSearch
+
+from orchestrator.sweep.config import OBJECTIVES, Sweep
+from orchestrator.sweep.resources import Fit
+from orchestrator.sweep.space import draw
+from orchestrator.sweep.trial import Setting, Trial, Work, search_trial
+
+RESTARTS = 3
+"""How often a trial is started again whose process has died."""
+
+QUIET = {
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the trials have logs of their own
+    "TUNE_GLOBAL_CHECKPOINT_S": "1",  # what Tune forgets when the driver is killed
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+}
+
+
+class SweepTrial(tune.Trainable):  # type: ignore[misc]
+    """A process that works on one trial after the other: importing torch is paid once."""
+
+    def setup(self, config: dict[str, Any], setting: Setting) -> None:
+        self.setting = setting
+        self.work: Work | None = None
+        self.reset_config(config)
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        self.cleanup()
+        self.trial = Trial(**new_config["trial"])
+        return True
+
+    def step(self) -> dict[str, Any]:
+        self.work = self.work or Work(self.setting, self.trial)
+        return self.work.next()
+
+    def cleanup(self) -> None:
+        if self.work is not None:
+            self.work.leave("pruned")
+        self.work = None
+
+    def save_checkpoint(self, checkpoint_dir: str) -> None:
+        """Runs keep their own."""
+
+    def load_checkpoint(self, checkpoint: Any) -> None:
+        """Runs find their own."""
+
+
+class Suggestions(Searcher):  # type: ignore[misc]
+    """Optuna's suggestions as trials. The base comes first, and a trial that came to nothing is a bad one."""
+
+    def __init__(self, sweep: Sweep) -> None:
+        keys = list(sweep.config.objective)
+        modes = [OBJECTIVES[key].mode for key in keys]
+        super().__init__(metric=keys, mode=modes)
+        self.sweep, self.count = sweep, 0
+        metric, mode = (keys, modes) if len(keys) > 1 else (keys[0], modes[0])
+        space = partial(draw, sweep.space)
+        self.inner = OptunaSearch(space, metric=metric, mode=mode, seed=sweep.config.seed)
+        self.base: str | None = None
+
+    def set_search_properties(self, *_: Any, **__: Any) -> bool:
+        return True
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | None:
+        number, self.count = self.count, self.count + 1
+        if number == 0:
+            self.base = trial_id
+            return {"trial": asdict(search_trial(self.sweep, 0, {}))}
+        drawn = self.inner.suggest(trial_id)
+        keys = {axis.key for axis in self.sweep.space}
+        point = {key: value for key, value in drawn.items() if key in keys}
+        return {"trial": asdict(search_trial(self.sweep, number, point))}
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        """Optuna learns from ends alone."""
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        if trial_id == self.base:
+            return
+        if error or not result or any(key not in result for key in self.sweep.config.objective):
+            result = {key: OBJECTIVES[key].worst for key in self.sweep.config.objective}
+        self.inner.on_trial_complete(trial_id, result)
+
+    def save(self, checkpoint_path: str) -> None:
+        Path(checkpoint_path).write_bytes(pickle.dumps(self.__dict__))
+
+    def restore(self, checkpoint_path: str) -> None:
+        self.__dict__.update(pickle.loads(Path(checkpoint_path).read_bytes()))
+
+
+def run_stage(stage: str, trials: Sequence[Trial], setting: Setting, fit: Fit) -> list[str]:
+    """Run all trials of a stage, or what is left of them; the names of those that Tune gave up.
+
+    Without `trials` they are suggested as the search goes on. Tune is asked for what it remembers before anything of
+    the same name is made: that would be overwritten, and the scheduler with it.
+    """
+    for key, value in QUIET.items():
+        os.environ.setdefault(key, value)
+    sweep, folder = setting.sweep, setting.root / "tune"
+    workers = sweep.run.max_workers
+    cpu = 0.0 if workers > 1 else fit.cpu_each  # a driver only waits: with a CPU of its own its workers would not fit
+    resources = {"CPU": cpu, "memory": 1} | ({"GPU": fit.gpu_each} if workers == 1 and fit.gpu_each else {})
+    trainable = tune.with_resources(tune.with_parameters(SweepTrial, setting=setting), resources)
+    path = str(Path(folder.path) / stage)
+    if tune.Tuner.can_restore(path, storage_filesystem=folder.fs):
+        tuner = tune.Tuner.restore(
+            path, trainable=trainable, storage_filesystem=folder.fs, resume_unfinished=True, restart_errored=True
+        )
+    else:
+        space = {"trial": tune.grid_search([asdict(trial) for trial in trials])} if trials else {}
+        tuner = tune.Tuner(
+            trainable,
+            param_space=space,
+            tune_config=tune.TuneConfig(
+                num_samples=1 if trials else sweep.config.budget.trials,
+                max_concurrent_trials=fit.at_once,
+                search_alg=None if trials else Suggestions(sweep),
+                scheduler=scheduler(sweep) if stage == "search" else None,
+                reuse_actors=True,
+                trial_name_creator=_name,
+                trial_dirname_creator=_name,
+            ),
+            run_config=tune.RunConfig(
+                name=stage,
+                storage_path=folder.path,
+                storage_filesystem=folder.fs,
+                failure_config=tune.FailureConfig(max_failures=RESTARTS),
+                verbose=0,
+            ),
+        )
+    return [str(result.path).rsplit("/", 1)[-1] for result in tuner.fit() if result.error is not None]
+
+
+def scheduler(sweep: Sweep) -> TrialScheduler | None:
+    """What ends trials early."""
+    config = sweep.config.scheduler
+    if config.name != "asha":
+        return None
+    assert config.grace_steps is not None
+    objective = OBJECTIVES[sweep.config.objective[0]]
+    return ASHAScheduler(
+        time_attr="step",
+        metric=objective.key,
+        mode=objective.mode,
+        max_t=sweep.run.steps,
+        grace_period=config.grace_steps,
+        reduction_factor=config.reduction_factor,
+    )
+
+
+def _name(trial: Any) -> str:
+    return str(trial.config["trial"]["name"])

@@ -1,0 +1,51 @@
+"""The main thread waits, and hears signals, while Ray works in another."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from orchestrator.command import RAY_THREAD
+from orchestrator.ray_cluster import leave_ray
+from orchestrator.signals import StopSignals
+
+CLOSING_S = 7.0
+"""Of the time that a signal leaves (signals.STOP_WITHIN_S): for what follows the workers' last checkpoint."""
+
+
+def wait_for_ray(
+    work: Callable[[], dict[str, Any]],
+    signals: StopSignals,
+    ask_to_stop: Callable[[], None],
+    all_stopped: Callable[[], bool] = lambda: False,
+) -> dict[str, Any]:
+    """What `work` returns or raises, called in a thread; on a signal `ask_to_stop` is, in another.
+
+    On the main thread ray.init would exit at a SIGTERM, and fit() abort at a SIGINT. The thread lives as long
+    as Ray does: on Linux the processes of a private Ray are killed when it ends. Where `work` does not end by itself
+    in time, or after `all_stopped`, Ray is left.
+    """
+    box: list[Any] = []
+
+    def call() -> None:
+        try:
+            box.append(work())
+        except BaseException as error:  # handed over to the main thread
+            box.append(error)
+
+    thread = threading.Thread(target=call, daemon=True, name=RAY_THREAD)
+    thread.start()
+    asking = None
+    while thread.is_alive():
+        signals.listen()  # Ray's C++ side takes SIGTERM at some point of ray.init, and would abort
+        thread.join(0.05)
+        if signals.stopping and asking is None:
+            asking = threading.Thread(target=ask_to_stop, daemon=True, name="ask to stop")
+            asking.start()
+        if signals.left < CLOSING_S or (asking is not None and all_stopped()):
+            leave_ray(patience_s=CLOSING_S / 2)
+            return {"status": "stopped", "message": "stopped before the workers ended by themselves"}
+    if isinstance(box[0], BaseException):
+        raise box[0]
+    return box[0]  # type: ignore[no-any-return]
