@@ -3,13 +3,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help demo ui test faults soak install check clean
+.PHONY: help demo ui test faults sweeps soak install check clean
 
 help:
 	@echo "make demo    install, train digits with 2 Ray Train workers, show what came of it"
 	@echo "make ui      MLflow's pages of the runs in ./runs, on http://127.0.0.1:5000"
 	@echo "make test    install what the tests need and run them"
 	@echo "make faults  real faults: processes killed and stopped, nodes lost, full disks, damaged files, MLflow away"
+	@echo "make sweeps  sweeps on a real Ray: crashes, divergence, a killed driver, trials of several workers"
 	@echo "make soak    20 kills at random times, the same final bits each time (half an hour)"
 	@echo "make check   ruff, types, import contracts"
 	@echo "make clean   remove the environment; runs stay"
@@ -43,6 +44,9 @@ test: $(VENV)/installed-dev
 
 faults: $(VENV)/installed-dev
 	$(BIN)/python -m pytest tests/faults
+
+sweeps: $(VENV)/installed-dev
+	$(BIN)/python -m pytest tests/sweeps
 
 soak: install
 	$(BIN)/python benchmarks/soak.py --out docs/results/soak.json

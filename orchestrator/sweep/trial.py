@@ -62,6 +62,7 @@ class Work:
         self.leaving: str | None = None
         self.log_path = self.root.local / "events.jsonl"
         self.offset = self.log_path.stat().st_size if self.log_path.exists() else 0
+        self.unread: list[events.Event] = []
         self.thread = threading.Thread(target=self._run, daemon=True, name="trial")
         self.thread.start()
 
@@ -70,7 +71,9 @@ class Work:
         while True:
             over = not self.thread.is_alive()
             found, self.offset = events.read(self.log_path, self.offset)
-            for event in found:
+            self.unread += found
+            while self.unread:
+                event = self.unread.pop(0)
                 metrics = event.get("metrics", {})
                 if event["kind"] == "metrics" and "val/nll" in metrics and event["step"] < self.setting.sweep.run.steps:
                     measured = {key: value for key, value in metrics.items() if key.startswith("val/")}

@@ -1,0 +1,138 @@
+"""Sweeps as people run them, on a real Ray: a crash, a divergence, a killed driver, both of Tune's deadlocks."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.timeout(300)
+
+SMALL = """
+base: digits
+searcher: {searcher}
+scheduler: {{name: {scheduler}, grace_steps: {grace}}}
+budget: {{trials: {trials}, steps: {steps}}}
+finalists: 1
+seeds: 2
+settings:
+  {{workers: {workers}, model.channels: [4], sgld.steps: 1, replay.capacity: 64, batch_size: 16, recovery.max: 0}}
+space:
+  sgld.step_size: {{loguniform: [0.1, 10]}}
+  optimizer.learning_rate: {rates}
+"""
+
+
+def written(folder, **changes):
+    usual = {"searcher": "tpe", "scheduler": "none", "grace": 10, "trials": 4, "steps": 40, "workers": 1}
+    text = SMALL.format(**usual | {"rates": "{loguniform: [0.0001, 0.01]}"} | changes)
+    path = folder / "small.yaml"
+    path.write_text(text)
+    return path
+
+
+def start(path, *settings):
+    command = [sys.executable, ROOT / "jobs" / "sweep.py", path, f"storage_path={path.parent}/runs", *settings]
+    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=path.parent
+    )
+
+
+def finish(process, code=0):
+    out, err = process.communicate(timeout=280)
+    assert process.returncode == code, err[-3000:]
+    return json.loads(out.splitlines()[-1])
+
+
+def trials(path):
+    """Name -> run.json of every trial, of the one sweep there is."""
+    found = {}
+    for record in path.parent.glob("runs/small-*/trials/*/run.json"):
+        found[record.parent.name] = json.loads(record.read_text())
+    return found
+
+
+def test_eight_trials_with_divergence_and_a_killed_driver_end_with_a_decision(tmp_path):
+    path = written(tmp_path, trials=8, steps=60, rates="{choice: [0.001, 0.003, 1000000000]}")
+    driver = start(path)
+    deadline = time.monotonic() + 120
+    while sum(record["status"] == "finished" for record in trials(path).values()) < 2:
+        assert time.monotonic() < deadline, driver.stderr.read()
+        time.sleep(0.05)
+    driver.send_signal(signal.SIGKILL)
+    driver.communicate()
+    before = {name: record for name, record in trials(path).items() if record["status"] == "finished"}
+    result = finish(start(path))
+    after = trials(path)
+    assert result["status"] == "finished"
+    search = {name: record for name, record in after.items() if name.startswith("t")}
+    assert len(search) == 8
+    for name in before:  # nothing that was finished ran twice; the winner alone is looked at once more
+        again = len(after[name]["attempts"]) - 1
+        assert again == (name == result["best"]["name"])
+    assert {record["status"] for record in search.values()} == {"finished", "diverged"}
+    finals = {name for name in after if name.startswith("f-")}
+    assert len(finals) == 4
+    assert {name.split("-")[1] for name in finals} >= {"base"}
+    tested = [name for name, record in after.items() if "test/accuracy" in record["result"]["metrics"]]
+    assert tested == [result["best"]["name"]]
+    client = MlflowClient(result["tracking_uri"])
+    runs = client.search_runs(["1"], max_results=100)
+    children = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == result["run_id"]]
+    assert sorted(run.info.run_name for run in children) == sorted(after)
+    assert len(runs) == len(children) + 1
+    assert client.get_model_version_by_alias("jem-digits", "champion").run_id in {c.info.run_id for c in children}
+    assert finish(start(path)) == result  # read out
+    recipe = Path(result["recipe"])
+    planned = subprocess.run(
+        [sys.executable, ROOT / "jobs" / "train.py", recipe, "--dry-run"], capture_output=True, text=True, check=True
+    )
+    assert json.loads(planned.stdout.splitlines()[-1])["status"] == "planned"
+
+
+def test_trials_of_two_workers_that_end_early_leave_room_for_the_next(tmp_path):
+    """A driver that takes a CPU would leave its workers none; workers that are left behind, the next trial."""
+    path = written(tmp_path, workers=2, scheduler="asha", searcher="random", trials=4, steps=200, grace=20)
+    result = finish(start(path, "finalists=0", "sgld.steps=5"))
+    statuses = [record["status"] for record in trials(path).values()]
+    assert len(statuses) == 4
+    assert "pruned" in statuses
+    assert result["best"] is not None
+
+
+def test_a_restored_search_keeps_its_scheduler(tmp_path):
+    path = written(tmp_path, scheduler="asha", trials=8, steps=300, grace=20)
+    driver = start(path, "finalists=0")
+    deadline = time.monotonic() + 120
+    while len(trials(path)) < 3:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    time.sleep(2)
+    driver.send_signal(signal.SIGKILL)
+    driver.communicate()
+    known = set(trials(path))
+    finish(start(path, "finalists=0"))
+    later = {name: record["status"] for name, record in trials(path).items() if name not in known}
+    assert "pruned" in later.values()
+
+
+def test_a_stopped_sweep_goes_on(tmp_path):
+    path = written(tmp_path, trials=4, steps=400)
+    driver = start(path, "finalists=0")
+    deadline = time.monotonic() + 120
+    while not any(record["status"] == "running" for record in trials(path).values()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    time.sleep(1)
+    driver.send_signal(signal.SIGTERM)
+    assert finish(driver, 143)["status"] == "stopped"
+    assert all(record["status"] in ("stopped", "finished") for record in trials(path).values())
+    result = finish(start(path, "finalists=0"))
+    assert result["trials"]["finished"] == 4
