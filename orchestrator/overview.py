@@ -34,7 +34,10 @@ def overview(arguments: list[str], verify: bool = False, jobs: str = "jobs") -> 
     """
     storage, named, _ = choose(arguments, ("storage_path",))
     now = time.time()
-    told = [_tell(root, bool(named), verify, jobs, now) for root in named or find(storage)]
+    found = [] if named else find(storage)
+    sweeps = [root for root in found if (root / "sweep.json").exists()]
+    runs = named or [root for root in found if root not in sweeps]
+    told = [_tell(root, bool(named), verify, jobs, now) for root in runs]
     told.sort(key=lambda one: one.run.begun, reverse=True)
     entries = [facts(one.run, one.advice) for one in told]
     if named:
@@ -42,6 +45,8 @@ def overview(arguments: list[str], verify: bool = False, jobs: str = "jobs") -> 
             entry["details"] = _print_one(one, jobs, now)
     else:
         _print_all(storage, told, jobs, now)
+        for root in sweeps:
+            print(f"\n{root.name}: a sweep; its trials: python {jobs}/runs.py storage_path={(root / 'trials').uri}")
     return _result(entries, [kept for one in told for kept in one.kept], verify)
 
 

@@ -43,9 +43,11 @@ def wait_for_ray(
         if signals.stopping and asking is None:
             asking = threading.Thread(target=ask_to_stop, daemon=True, name="ask to stop")
             asking.start()
-        if signals.left < CLOSING_S or (asking is not None and all_stopped()):
+        stopped = asking is not None and all_stopped()
+        if stopped or signals.left < CLOSING_S:
             leave_ray(patience_s=CLOSING_S / 2)
-            return {"status": "stopped", "message": "stopped before the workers ended by themselves"}
+            by_themselves = "stopped on request" if stopped else "stopped before the workers ended by themselves"
+            return {"status": "stopped", "message": by_themselves}
     if isinstance(box[0], BaseException):
         raise box[0]
     return box[0]  # type: ignore[no-any-return]

@@ -44,6 +44,16 @@ def typed(command):
     return load_run_config(words[2], words[3:])
 
 
+def test_a_sweep_is_named_and_is_no_damaged_run(storage, capsys):
+    made(storage, "one")
+    made(storage / "search" / "trials", "t000")
+    (storage / "search" / "sweep.json").write_text("{}")
+    (storage / "search" / "events.jsonl").write_text("")
+    assert listed().keys() == {"one"}
+    assert "search: a sweep; its trials: python jobs/runs.py storage_path=" in capsys.readouterr().out
+    assert listed(f"storage_path={storage / 'search' / 'trials'}").keys() == {"t000"}
+
+
 def test_the_table_has_a_row_a_run_newest_first(storage, capsys):
     made(storage, "old", age=7200)
     made(storage, "new", "stopped", message="stopped on request at step 20, with a checkpoint")
