@@ -28,9 +28,9 @@ def validate(network: Logits, split: Split, config: EvaluateConfig, world: World
     """
     images = to_float(split.images, torch.float32)
     logits = over_batches(network, images, config, world, like, "clean")
+    found = classification_metrics(logits, split.labels)
     between = over_batches(network, interpolations(images), config, world, like, "interp")
-    found = ood.auroc(scores.log_px(logits), scores.log_px(between))
-    return classification_metrics(logits, split.labels) | {"ood/interp/log_px/auroc": found}
+    return found | {"ood/interp/log_px/auroc": ood.auroc(scores.log_px(logits), scores.log_px(between))}
 
 
 def classification_metrics(logits: Tensor, labels: Tensor) -> dict[str, float]:
