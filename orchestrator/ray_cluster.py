@@ -105,9 +105,18 @@ def leave_ray(patience_s: float) -> None:
 
 
 def train_on_ray(
-    config: RunConfig, root: Location, log_path: Path, attempt: int, init_from: str | None, cluster: Cluster
+    config: RunConfig,
+    root: Location,
+    log_path: Path,
+    attempt: int,
+    init_from: str | None,
+    cluster: Cluster,
+    until: int | None = None,
 ) -> dict[str, Any]:
-    """Run the worker function on every worker; what it returned on rank 0. Raises what Ray raises."""
+    """Run the worker function on every worker; what it returned on rank 0. Raises what Ray raises.
+
+    `until`: a step at which the run stops as if asked to.
+    """
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
@@ -115,7 +124,7 @@ def train_on_ray(
 
     if not cluster.private and not root.is_local:  # the driver's log is filled from checkpoints, see Mirror
         log_path = log_path.with_name("events-of-rank-0.jsonl")
-    job = Job(config, root, log_path, attempt, init_from, facts())
+    job = Job(config, root, log_path, attempt, init_from, facts(), until)
     trainer = TorchTrainer(
         _worker,
         train_loop_config={"job": job},

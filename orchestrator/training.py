@@ -66,6 +66,7 @@ class Job:
     attempt: int = 1
     init_from: str | None = None  # config.init_from as a path that can be read here
     facts: dict[str, Any] = field(default_factory=dict)  # versions and the like, for the checkpoints
+    until: int | None = None  # a step at which the run stops as if asked to
 
 
 @dataclass
@@ -121,6 +122,8 @@ class Training:
                     raise DivergedError(fault)
             self.clock = (state.step, time.monotonic())
             while state.step < config.steps:
+                if self.job.until is not None and state.step >= self.job.until:
+                    return self.stop()
                 settings, until = self.recovery.settings(state.step)
                 for info in train(state, self.batches.at, settings, until, self.world, wrapped):
                     fault = self.after(info)
@@ -129,6 +132,8 @@ class Training:
                         break
                     if self.stopping and info.step < config.steps:
                         return self.stop()
+                    if info.step == self.job.until:
+                        break
         self.evaluate()  # not watched: its statistics take as long as they take, without a step
         self.calibrate()
         return self.outcome("finished", "")
@@ -189,7 +194,9 @@ class Training:
         return outcome | told | {"step": manifest.step}
 
     def restore(self, manifest: Manifest) -> None:
-        """Go on from a checkpoint; after a rollback that it does not know of, with another chain seed."""
+        """Go on from a checkpoint; after a rollback that it does not know of, or from another run's, with another
+        chain seed.
+        """
         sums = checkpoint.restore(manifest, self.state, self.world, self.config.seed)
         state, info, made = self.state, manifest.info, self.recovery.count
         self.meter.sums.copy_(sums["meter"])
@@ -200,9 +207,11 @@ class Training:
         self.best = None
         if self.config.evaluate.final == "best" and info["best"] is not None:
             self.best = {**info["best"], "weights": manifest.tensors("best.safetensors")}
-        if made > info["rollbacks"]:
+        reasons = [f"rollback {made}"] if made > info["rollbacks"] else []
+        reasons += [f"fork {info['fork']['id']}"] if "fork" in info else []
+        if reasons:
             parts = (self.config.seed, "chains", self.world.rank, self.world.size, state.world_epoch, state.step)
-            state.generator = generator(self.device, *parts, f"rollback {made}")
+            state.generator = generator(self.device, *parts, *reasons)
 
     def roll_back(self, reason: str) -> None:
         """Go back to a checkpoint from before the divergence, all ranks together, and on with the next remedy.

@@ -33,7 +33,7 @@ EVALUATED = ("test/", "test_scaled/", "ood/", "noise", "val/temperature")
 _CHUNK = 256 * 1024  # bytes of log that are sent before it is remembered
 
 # How a run, or a trial of a sweep, ends in the log's words -> MLflow's. Anything else is a failure.
-_KILLED = ("stopped", "killed", "pruned", "out of time")
+_KILLED = ("stopped", "waiting", "killed", "pruned", "out of time")
 _TERMINAL = {"finished": "FINISHED"} | dict.fromkeys(_KILLED, "KILLED")
 
 

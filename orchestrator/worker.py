@@ -87,6 +87,8 @@ def _why(
 ) -> str:
     """Why the run goes on from just this checkpoint, and whether exactly."""
     told = ["its newest checkpoint"] if not faults else [f"the newest good checkpoint; damaged: {'; '.join(faults)}"]
+    if "fork" in manifest.info:
+        told = [manifest.info["fork"]["why"]]
     if recovery.count > manifest.info["rollbacks"]:
         told.append(f"rollback {recovery.rollbacks[-1]}")
     if manifest.world_size != world.size:

@@ -132,6 +132,9 @@ class SweepConfig(Settings):
             yield "scheduler.name", f"is {name}, which compares trials by one objective; use none, or one objective"
         if name == "pbt" and self.searcher != "random":
             yield "searcher", f"is {self.searcher}, must be random with scheduler.name=pbt: its population is drawn"
+        if name == "pbt" and self.budget.minutes is not None:
+            message = "cannot be with scheduler.name=pbt, whose trials all go on to the end; leave it out"
+            yield "budget.minutes", message
         if name == "pbt" and self.budget.trials < 4:
             message = f"is {self.budget.trials}, must be at least 4 with scheduler.name=pbt: they learn from each other"
             yield "budget.trials", message

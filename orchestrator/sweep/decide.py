@@ -128,10 +128,11 @@ def decide(rows: Sequence[Row], sweep: Sweep) -> Decision:
     return replace(decision, verdict=verdict(decision, sign))
 
 
-def winner_recipe(sweep: Sweep, decision: Decision) -> str:
+def winner_recipe(sweep: Sweep, decision: Decision, forks: Sequence[str] = ()) -> str:
     """The winner as a recipe that jobs/train.py takes: all of its settings, evaluated and registered as the base is.
 
-    Raises ValueError if there is no winner.
+    `forks`: what it went on from in the search, of which the recipe knows nothing. Raises ValueError if there is
+    no winner.
     """
     import yaml
 
@@ -152,6 +153,7 @@ def winner_recipe(sweep: Sweep, decision: Decision) -> str:
         f"The winner of the sweep {sweep.name}: {winner.name}, from the recipe {sweep.config.base}.",
         *(f"{key} {words(value)}" for key, value in winner.point.items()),
         decision.verdict,
+        *(f"In the search it went on from {fork}, with other settings before." for fork in forks[-1:]),
         "python jobs/train.py recipe.yaml",
     ]
     comment = "".join(f"# {' '.join(line.split())}\n" for line in head)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import psutil
@@ -29,19 +29,22 @@ from orchestrator.sweep import decide
 from orchestrator.sweep.axes import valid
 from orchestrator.sweep.config import OBJECTIVES, Sweep, to_yaml, trial_config
 from orchestrator.sweep.decide import Decision, winner_recipe
+from orchestrator.sweep.drawing import base_value
 from orchestrator.sweep.overseer import Overseer
 from orchestrator.sweep.plots import draw_plots
+from orchestrator.sweep.population import evolve, stretches
 from orchestrator.sweep.resources import fit
 from orchestrator.sweep.space import points
 from orchestrator.sweep.summary import summary
 from orchestrator.sweep.table import Row, counts, read_trials, write_tables
-from orchestrator.sweep.trial import CLOSING, TRIALS, Setting, Trial, search_trial, train_here
+from orchestrator.sweep.trial import CLOSING, STOPPING, TRIALS, Setting, Trial, search_trial, train_here
 from orchestrator.sweep.upload import Uploads
 from orchestrator.tracking import default_uri
 from orchestrator.waiting import wait_for_ray
 
 RECORD = "sweep.json"
 UPLOAD_S = 60.0
+ASK_EVERY_S = 0.5
 GIB = 2**30
 PICTURES = ("objectives.png", "importance.png", "parallel.png", "pareto.png", "progress.png")
 
@@ -74,8 +77,6 @@ class Record:
 
 def run_sweep(sweep: Sweep, fresh: bool = False) -> SweepResult:
     """Search, train the finalists, decide; or go on with that; or read out what came of it."""
-    if sweep.config.scheduler.name == "pbt":
-        raise ConfigError([Problem("scheduler.name", "is pbt, which sweeps cannot run yet; use asha or none")])
     check_folder(sweep.run)
     storage = storage_of(trial_config(sweep, {}, name=sweep.name))
     if not storage.is_local:
@@ -131,7 +132,8 @@ class Session:
         self.record.attempts.append({"started": self.began})
         self.record.status = "running"
         self.record.save(self.root)
-        (self.root / CLOSING).remove()
+        for word in (CLOSING, STOPPING):
+            (self.root / word).remove()
         (self.root / "sweep.yaml").write(to_yaml(self.sweep).encode())
         EventLog(self.log_path).close()
         self.uploads.start()
@@ -153,19 +155,24 @@ class Session:
             spec = self._trial_spec
             from orchestrator.sweep.tuning import run_stage
 
-            def stage(name: str, trials: Sequence[Trial], n: int, reserve: int) -> None:
+            def stage(name: str, trials: Sequence[Trial], n: int, reserve: int, until: int | None = None) -> None:
                 if name in self.record.stages:
                     return
-                left = Overseer(sweep, self.root, self.uploads, spec, name, n, fitting.at_once)
+                trials = [replace(trial, until=until) for trial in trials]
+                left = Overseer(sweep, self.root, self.uploads, spec, name.partition("-")[0], n, fitting.at_once)
                 with left.watching(self.spent, self.began, reserve):
                     for lost in run_stage(name, trials, setting, fitting):
                         _close_lost(self.root / TRIALS / lost)
+                if until is not None:
+                    evolve(read_trials(self.root), sweep, self.root / TRIALS, until)
                 self.record.stages.append(name)
                 self.record.save(self.root)
                 (self.root / CLOSING).remove()
 
             finals = (1 + config.finalists) * config.seeds if config.finalists else 0
-            stage("search", self._candidates(), config.budget.trials, finals)
+            trials = self._candidates()
+            for stretch in stretches(sweep):
+                stage(stretch.name, trials, config.budget.trials, finals, stretch.until)
             chosen = decide.finalists(read_trials(self.root), sweep)
             trials = [
                 Trial(f"f-{name}-s{seed}", "finalists", number, name, point, seed)
@@ -187,7 +194,9 @@ class Session:
         drawn = points(
             self.sweep.space, config.searcher, config.budget.trials - 1, config.seed, lambda p: valid(run, p)
         )
-        return [search_trial(self.sweep, number, point) for number, point in enumerate([{}, *drawn])]
+        base = {axis.key: base_value(self.sweep, axis.key) for axis in self.sweep.space}
+        first = base if config.scheduler.name == "pbt" else {}  # of which others get settings near it
+        return [search_trial(self.sweep, number, point) for number, point in enumerate([first, *drawn])]
 
     def _crown(self, rows: list[Row], decision: Decision, setting: Setting) -> dict[str, Any]:
         """Measure the winner on test data, once, and register it: of its seeds, the best on validation."""
@@ -202,7 +211,9 @@ class Session:
         measured: dict[str, Any] = {"evaluate.suite": base.suite, "evaluate.register": base.register}
         place = {"name": row.name, "seed": row.seed, "storage_path": (self.root / TRIALS).uri}
         config = trial_config(self.sweep, row.point, **place, **measured)
-        self.uploads.add(row.name, self._trial_spec(row.name), root.local / "events.jsonl", root.local)
+        spec = self._trial_spec(row.name)
+        assert spec is not None
+        self.uploads.add(row.name, spec, root.local / "events.jsonl", root.local)
         self.uploads.reopen(row.name)
         with lock(root):
             record = read_record(root)
@@ -229,7 +240,8 @@ class Session:
             names.append("decision.json")
             if decision.winner is not None:
                 recipe = self.folder / "recipe.yaml"
-                recipe.write_text(winner_recipe(self.sweep, decision))
+                forks = [row.forks for row in rows if (row.stage, row.candidate) == ("search", decision.winner)]
+                recipe.write_text(winner_recipe(self.sweep, decision, *forks))
                 names.append("recipe.yaml")
         log = EventLog(self.log_path)
         for name in [*names, "summary.md"]:
@@ -252,9 +264,7 @@ class Session:
             status=outcome["status"],
             tracking_uri=shown(self.uri),
             message=outcome.get("message", ""),
-            best=None
-            if winner is None
-            else {"name": winner.name, "candidate": winner.candidate, "point": winner.point},
+            best=_told(winner) if winner is not None else None,
             recipe=str(recipe) if recipe else None,
             trials=dict(counts(rows)),
             verdict=decision.verdict if decision else "",
@@ -264,9 +274,12 @@ class Session:
         self.record.save(self.root)
         return result
 
-    def _trial_spec(self, name: str) -> RunSpec:
+    def _trial_spec(self, name: str) -> RunSpec | None:
+        """A trial as a run of MLflow; None before its run.json is written."""
         record = read_record(self.root / TRIALS / name)
-        params = _texts(record.science) if record else {}
+        if record is None:
+            return None
+        params = _texts(record.science)
         tags = _texts({"sweep": self.sweep.name, "folder": (self.root / TRIALS / name).uri} | facts())
         return RunSpec(self.uri, self.sweep.run.tracking.experiment, name, self.artifacts, params, tags)
 
@@ -278,8 +291,12 @@ class Session:
         return [row for row in read_trials(self.root) if row.status == "running"]
 
     def _ask_to_stop(self) -> None:
-        for row in self._running():
-            request_stop(self.root / TRIALS / row.name)
+        """Again and again: a trial that was about to begin takes no notice of what was asked before."""
+        (self.root / STOPPING).write(b"1")
+        while running := self._running():
+            for row in running:
+                request_stop(self.root / TRIALS / row.name)
+            time.sleep(ASK_EVERY_S)
 
     def _all_stopped(self) -> bool:
         return not self._running()

@@ -29,7 +29,7 @@ class Overseer:
         sweep: Sweep,
         root: Location,
         uploads: Uploads,
-        spec: Callable[[str], RunSpec],
+        spec: Callable[[str], RunSpec | None],
         stage: str,
         n: int,
         at_once: int,
@@ -37,6 +37,7 @@ class Overseer:
         self.sweep, self.root, self.uploads, self.spec, self.stage = sweep, root, uploads, spec, stage
         self.at_once = at_once
         self.board = Board(f"{sweep.name}, {stage}", sweep.config.objective, n, at_once)
+        self.sent: set[str] = set()
         self.closed: set[str] = set()
 
     @contextmanager
@@ -61,9 +62,12 @@ class Overseer:
     def look(self, elapsed: float, reserve: int) -> None:
         rows = read_trials(self.root)
         for row in rows:
-            folder = (self.root / TRIALS / row.name).local
-            self.uploads.add(row.name, self.spec(row.name), folder / "events.jsonl", folder)
-            if row.status in OVER and row.name not in self.closed:
+            spec = self.spec(row.name) if row.name not in self.sent else None
+            if spec is not None:
+                folder = (self.root / TRIALS / row.name).local
+                self.uploads.add(row.name, spec, folder / "events.jsonl", folder)
+                self.sent.add(row.name)
+            if row.status in OVER and row.name in self.sent - self.closed:
                 self.closed.add(row.name)
                 self.uploads.close_trial(row.name, row.status, row.reason)
         minutes = self.sweep.config.budget.minutes

@@ -131,9 +131,11 @@ def _trials(rows: Sequence[Row], sweep: Sweep) -> tuple[list[str], list[list[str
     for row in rows:
         figures = [f"{row.metrics[key]:.{digits[key]}f}" for key in wanted]
         drawn = [words(row.point[key]) if key in row.point else "" for key in [*keys, *others]]
+        origin = ["; ".join(row.forks)] if any(row.forks for row in rows) else []
         name = row.name if not row.is_base else f"{row.name} (base)"
-        lines.append([name, *figures, *drawn, row.status])
-    return ["trial", *wanted, *keys, *others, "status"], lines
+        lines.append([name, *figures, *drawn, *origin, row.status])
+    head = ["went on from"] if any(row.forks for row in rows) else []
+    return ["trial", *wanted, *keys, *others, *head, "status"], lines
 
 
 def _reasons(rows: Sequence[Row]) -> Iterator[str]:

@@ -25,8 +25,8 @@ BASE = "base"
 
 STAGES = ("search", "seeds", "finalists")
 
-GOING_ON = ("running", "stopped", "out of time")
-"""Statuses of trials that are not over: a stopped one goes on with the sweep."""
+GOING_ON = ("running", "waiting", "stopped", "out of time")
+"""Statuses of trials that are not over: one waits to be compared, a stopped one goes on with the sweep."""
 
 STATUSES = ("finished", "pruned", "diverged", "failed", *GOING_ON)
 """In the order in which they are told."""
@@ -58,6 +58,7 @@ class Row:
     folder: str = ""
     started: float = 0.0
     ended: float = 0.0
+    forks: tuple[str, ...] = ()  # what it went on from in the middle, see population.py
 
     @property
     def is_base(self) -> bool:
@@ -147,6 +148,8 @@ def _columns(rows: Sequence[Row]) -> dict[str, Any]:
     columns = {name: pa.array(fields[name], types.get(name, pa.string())) for name in BESIDE}
     for key in dict.fromkeys(key for row in rows for key in row.point):
         columns[key] = _typed([row.point.get(key, ...) for row in rows])
+    if any(row.forks for row in rows):
+        columns["went on from"] = pa.array(["; ".join(row.forks) for row in rows], pa.string())
     for key in sorted({key for row in rows for key in row.metrics}):
         columns[key] = pa.array([row.metrics.get(key) for row in rows], pa.float64())
     return columns | {name: pa.array(fields[name], pa.string()) for name in ("run_id", "folder")}
@@ -218,7 +221,8 @@ def _identified(folder: Location) -> Row:
     if wrong:
         raise ValueError(f"{path.uri}: damaged (without a proper {', '.join(wrong)})")
     known = {key: entries[key] for key in kinds} | {"name": folder.name}
-    return Row(**known, status="running", folder=folder.uri)
+    forks = tuple(f"{fork['donor']} at step {fork['step']}" for fork in entries.get("forks", []) if fork["done"])
+    return Row(**known, status="running", folder=folder.uri, forks=forks)
 
 
 def _with_record(row: Row, record: RunRecord, folder: Location) -> Row:
@@ -228,14 +232,15 @@ def _with_record(row: Row, record: RunRecord, folder: Location) -> Row:
     if status not in STATUSES:  # no good checkpoint, bad data, ...: nothing came of it
         status, reason = "failed", status
     log_path = log_of(folder)
-    series = {} if result.get("metrics") else read_series(log_path)
-    metrics = result.get("metrics") or {key: points[max(points)] for key, points in series.items()}
+    gave_up = status in ("diverged", "failed")  # its result is of its last good checkpoint, the log of what it came to
+    series = read_series(log_path) if gave_up or not result.get("metrics") else {}
+    metrics = {key: points[max(points)] for key, points in series.items()} or result.get("metrics") or {}
     steps = [step for points in series.values() for step in points]
     message = str(result.get("message") or "")
     changes: dict[str, Any] = {
         "status": status,
         "reason": "" if status == "finished" else ": ".join(text for text in (reason, message) if text),
-        "step": result.get("step") or max(steps, default=0),
+        "step": max([int(result.get("step") or 0), *steps]),
         "metrics": {k: float(x) for k, x in metrics.items() if isinstance(x, int | float) and math.isfinite(x)},
         "run_id": record.mlflow.get("run_id"),
     }

@@ -6,23 +6,26 @@ import json
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from jem.errors import ConfigError, JEMError
+from jem.errors import CheckpointError, ConfigError, JEMError
 from jem.files import Location
 from orchestrator import events
 from orchestrator.attempt import Attempt, failed
 from orchestrator.config import RunConfig
 from orchestrator.control import request_stop
+from orchestrator.events import EventLog
 from orchestrator.ray_cluster import Cluster, train_on_ray
 from orchestrator.result import Result
 from orchestrator.runs import RunRecord, lock, open_record, read_record, write_config
 from orchestrator.sweep.config import OBJECTIVES, Sweep, trial_config
+from orchestrator.sweep.fork import go_over, read_forks, write_trial
+from orchestrator.sweep.table import GOING_ON
 
-TRIALS, TRIAL, CLOSING = "trials", "trial.json", "closing"
-"""Of a sweep's folder: its trials, what each is, and the word that no further one may begin."""
+TRIALS, CLOSING, STOPPING = "trials", "closing", "stopping"
+"""Of a sweep's folder: its trials, and the words that no new one may begin, and none at all."""
 
 POLL_S = 0.1
 LOCK_S = 60.0
@@ -39,6 +42,7 @@ class Trial:
     candidate: str
     point: dict[str, Any]
     seed: int
+    until: int | None = None  # the step at which it waits to be compared; None: it trains to its end
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,7 @@ class Work:
         self.log_path = self.root.local / "events.jsonl"
         self.offset = self.log_path.stat().st_size if self.log_path.exists() else 0
         self.unread: list[events.Event] = []
+        self.last_step = trial.until or setting.sweep.run.steps
         self.thread = threading.Thread(target=self._run, daemon=True, name="trial")
         self.thread.start()
 
@@ -75,7 +80,7 @@ class Work:
             while self.unread:
                 event = self.unread.pop(0)
                 metrics = event.get("metrics", {})
-                if event["kind"] == "metrics" and "val/nll" in metrics and event["step"] < self.setting.sweep.run.steps:
+                if event["kind"] == "metrics" and "val/nll" in metrics and event["step"] < self.last_step:
                     measured = {key: value for key, value in metrics.items() if key.startswith("val/")}
                     return measured | {"step": event["step"], "status": "running", "done": False}
             if over and (self.result is None or self.result.status != "stopped" or self.leaving):
@@ -107,14 +112,16 @@ class Work:
         root, name = self.root, self.trial.name
         if (self.setting.root / CLOSING).exists() and read_record(root) is None:
             return Result(name=name, status="out of time")
-        config = self._config()
+        if (self.setting.root / STOPPING).exists():
+            return Result(name=name, status="stopped")
         with _patiently(root):
+            self._go_over()
+            config = self._config()
             record = open_record(root, config, fresh=False)
             if _over(record):
                 assert record.result is not None
                 return Result(**record.result)
-            sweep = {"sweep": self.setting.sweep.name}
-            (root / TRIAL).write(json.dumps(sweep | asdict(self.trial), indent=1).encode())
+            write_trial(root, self.content, read_forks(root))
             write_config(root, config)
             attempt = Attempt(config, root, record)
             attempt.begin()
@@ -122,20 +129,50 @@ class Work:
                 outcome = self._train(config, attempt)
             except Exception as error:
                 outcome = failed(error)
+            step, until = outcome.get("step", 0), self.trial.until
             if outcome["status"] == "stopped" and self.leaving:
-                outcome |= {"status": self.leaving, "message": f"ended early at step {outcome.get('step')}"}
+                outcome |= {"status": self.leaving, "message": f"ended early at step {step}"}
+            elif outcome["status"] == "stopped" and until is not None and step >= until:
+                outcome |= {"status": "waiting", "message": f"waits at step {step} for the others"}
             return attempt.close(outcome)
 
-    def _config(self) -> RunConfig:
+    @property
+    def content(self) -> dict[str, Any]:
+        """Of trial.json, but for what the trial has gone on from."""
+        return {"sweep": self.setting.sweep.name, **asdict(self.trial)}
+
+    def _go_over(self) -> None:
+        """Do what is written down that the trial goes on from, which is also what tells its settings."""
+        forks, record = read_forks(self.root), read_record(self.root)
+        if record is None:
+            return
+        if forks and not forks[-1].done and not _over(record):
+            fork = forks.pop()
+            config, log = self._config(fork.point), EventLog(self.log_path)
+            try:
+                go_over(self.root, fork, config, record)
+            except (CheckpointError, OSError) as error:
+                log.append("note", text=f"cannot go on {fork}, goes on by itself: {error}")
+            else:
+                forks.append(replace(fork, done=True))
+                log.append("tags", tags={"forks": "; ".join(map(str, forks)), "point": json.dumps(fork.point)})
+            log.close()
+            write_trial(self.root, self.content, forks)
+        done = [fork for fork in forks if fork.done]
+        if done:
+            self.trial = replace(self.trial, point=done[-1].point, candidate=self.trial.name)
+
+    def _config(self, point: dict[str, Any] | None = None) -> RunConfig:
         sweep, trial = self.setting.sweep, self.trial
         place = {"name": trial.name, "seed": trial.seed, "storage_path": (self.setting.root / TRIALS).uri}
-        return trial_config(sweep, trial.point, **place)
+        return trial_config(sweep, trial.point if point is None else point, **place)
 
     def _train(self, config: RunConfig, attempt: Attempt) -> dict[str, Any]:
         number, init_from = attempt.number, self.setting.init_from
         if config.max_workers > 1:
-            return train_on_ray(config, self.root, attempt.log_path, number, init_from, self.setting.cluster)
-        return train_here(config, self.root, attempt, init_from, self.setting.cpus)
+            cluster, until = self.setting.cluster, self.trial.until
+            return train_on_ray(config, self.root, attempt.log_path, number, init_from, cluster, until)
+        return train_here(config, self.root, attempt, init_from, self.setting.cpus, self.trial.until)
 
 
 def search_trial(sweep: Sweep, number: int, point: dict[str, Any]) -> Trial:
@@ -144,7 +181,7 @@ def search_trial(sweep: Sweep, number: int, point: dict[str, Any]) -> Trial:
 
 
 def train_here(
-    config: RunConfig, root: Location, attempt: Attempt, init_from: str | None, cpus: float
+    config: RunConfig, root: Location, attempt: Attempt, init_from: str | None, cpus: float, until: int | None = None
 ) -> dict[str, Any]:
     """What Ray Train does with one worker, in this process: the worker function, again after an exception."""
     import torch
@@ -156,7 +193,7 @@ def train_here(
 
     torch.set_num_threads(max(1, int(cpus)))
     device = torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
-    job = Job(config, root, attempt.log_path, attempt.number, init_from, facts())
+    job = Job(config, root, attempt.log_path, attempt.number, init_from, facts(), until)
     while True:
         try:
             return run(job, World(), device)
@@ -166,22 +203,19 @@ def train_here(
 
 
 def _over(record: RunRecord) -> bool:
-    return record.result is not None and record.status not in ("running", "stopped")
+    return record.result is not None and record.status not in GOING_ON
 
 
 @contextmanager
 def _patiently(root: Location) -> Iterator[None]:
     deadline = time.monotonic() + LOCK_S
-    while True:
-        held = lock(root)
-        try:
-            held.__enter__()
-            break
-        except ConfigError:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(1)
-    try:
+    with ExitStack() as held:
+        while True:
+            try:
+                held.enter_context(lock(root))
+                break
+            except ConfigError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(1)
         yield
-    finally:
-        held.__exit__(None, None, None)

@@ -15,6 +15,7 @@ from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 
+from orchestrator.sweep.axes import valid
 from orchestrator.sweep.config import OBJECTIVES, Sweep
 from orchestrator.sweep.resources import Fit
 from orchestrator.sweep.space import draw
@@ -22,6 +23,9 @@ from orchestrator.sweep.trial import Setting, Trial, Work, search_trial
 
 RESTARTS = 3
 """How often a trial is started again whose process has died."""
+
+DRAWS = 100
+"""How often a point is drawn again that cannot be, or is the base itself."""
 
 QUIET = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the trials have logs of their own
@@ -72,30 +76,41 @@ class Suggestions(Searcher):  # type: ignore[misc]
         metric, mode = (keys, modes) if len(keys) > 1 else (keys[0], modes[0])
         space = partial(draw, sweep.space)
         self.inner = OptunaSearch(space, metric=metric, mode=mode, seed=sweep.config.seed)
-        self.base: str | None = None
+        self.inner_ids: dict[str, str] = {}  # Optuna's trial of one of Tune's; the base has none
 
     def set_search_properties(self, *_: Any, **__: Any) -> bool:
         return True
 
     def suggest(self, trial_id: str) -> dict[str, Any] | None:
         number, self.count = self.count, self.count + 1
-        if number == 0:
-            self.base = trial_id
-            return {"trial": asdict(search_trial(self.sweep, 0, {}))}
-        drawn = self.inner.suggest(trial_id)
-        keys = {axis.key for axis in self.sweep.space}
-        point = {key: value for key, value in drawn.items() if key in keys}
+        point = self._drawn(trial_id) if number else {}
         return {"trial": asdict(search_trial(self.sweep, number, point))}
+
+    def _drawn(self, trial_id: str) -> dict[str, Any]:
+        """A point that can be: Optuna is told that others are bad, and asked again."""
+        keys = {axis.key for axis in self.sweep.space}
+        for again in range(DRAWS):
+            inner_id = f"{trial_id}-{again}"
+            point = {key: value for key, value in self.inner.suggest(inner_id).items() if key in keys}
+            if valid(self.sweep.run, point):
+                break
+            self.inner.on_trial_complete(inner_id, self.worst)
+        self.inner_ids[trial_id] = inner_id
+        return point
+
+    @property
+    def worst(self) -> dict[str, float]:
+        return {key: OBJECTIVES[key].worst for key in self.sweep.config.objective}
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """Optuna learns from ends alone."""
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        if trial_id == self.base:
+        if trial_id not in self.inner_ids:
             return
         if error or not result or any(key not in result for key in self.sweep.config.objective):
-            result = {key: OBJECTIVES[key].worst for key in self.sweep.config.objective}
-        self.inner.on_trial_complete(trial_id, result)
+            result = self.worst
+        self.inner.on_trial_complete(self.inner_ids[trial_id], result)
 
     def save(self, checkpoint_path: str) -> None:
         Path(checkpoint_path).write_bytes(pickle.dumps(self.__dict__))

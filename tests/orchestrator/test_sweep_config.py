@@ -379,6 +379,7 @@ def test_a_condition_makes_possible_what_alone_is_not(file):
         (("scheduler.grace_steps=600",), "is 600, must be less than budget.steps (600), or no trial could end early"),
         (("evaluate.every=200",), "must be at most scheduler.grace_steps (150), when trials are compared"),
         (("workers=65",), "command line: workers: is 65, must be from 1 to batch_size (64)"),
+        (("scheduler.name=pbt", "budget.minutes=5"), "cannot be with scheduler.name=pbt, whose trials all go on to"),
         (("scheduler.name=pbt", "searcher=tpe"), "must be random with scheduler.name=pbt"),
         (("scheduler.name=pbt", "budget.trials=3"), "budget.trials: is 3, must be at least 4 with scheduler.name=pbt"),
         (("scheduler.name=pbt", "objective=[val/nll, val/ece]"), "is pbt, which compares trials by one objective"),

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.timeout(300)
 SMALL = """
 base: digits
 searcher: {searcher}
-scheduler: {{name: {scheduler}, grace_steps: {grace}}}
+scheduler: {scheduler}
 budget: {{trials: {trials}, steps: {steps}}}
 finalists: 1
 seeds: 2
@@ -29,8 +29,11 @@ space:
 """
 
 
+ASHA = "{name: asha, grace_steps: 20}"
+
+
 def written(folder, **changes):
-    usual = {"searcher": "tpe", "scheduler": "none", "grace": 10, "trials": 4, "steps": 40, "workers": 1}
+    usual = {"searcher": "tpe", "scheduler": "{name: none}", "trials": 4, "steps": 40, "workers": 1}
     text = SMALL.format(**usual | {"rates": "{loguniform: [0.0001, 0.01]}"} | changes)
     path = folder / "small.yaml"
     path.write_text(text)
@@ -99,7 +102,7 @@ def test_eight_trials_with_divergence_and_a_killed_driver_end_with_a_decision(tm
 
 def test_trials_of_two_workers_that_end_early_leave_room_for_the_next(tmp_path):
     """A driver that takes a CPU would leave its workers none; workers that are left behind, the next trial."""
-    path = written(tmp_path, workers=2, scheduler="asha", searcher="random", trials=4, steps=200, grace=20)
+    path = written(tmp_path, workers=2, scheduler=ASHA, searcher="random", trials=4, steps=200)
     result = finish(start(path, "finalists=0", "sgld.steps=5"))
     statuses = [record["status"] for record in trials(path).values()]
     assert len(statuses) == 4
@@ -108,19 +111,69 @@ def test_trials_of_two_workers_that_end_early_leave_room_for_the_next(tmp_path):
 
 
 def test_a_restored_search_keeps_its_scheduler(tmp_path):
-    path = written(tmp_path, scheduler="asha", trials=8, steps=300, grace=20)
-    driver = start(path, "finalists=0")
+    """The last ones learn nothing and end early, but for a driver that has forgotten to compare them."""
+    rates = "{grid: [0.003, 0.002, 0.0015, 0.001, 0.000000001, 0.000000002, 0.000000003]}"
+    path = written(tmp_path, scheduler=ASHA, searcher="grid", trials=8, steps=300, rates=rates)
+    driver = start(path, "finalists=0", "sgld.steps=3")
     deadline = time.monotonic() + 120
     while len(trials(path)) < 3:
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    time.sleep(2)
     driver.send_signal(signal.SIGKILL)
     driver.communicate()
     known = set(trials(path))
-    finish(start(path, "finalists=0"))
+    assert known <= {"t000", "t001", "t002", "t003", "t004"}
+    finish(start(path, "finalists=0", "sgld.steps=3"))
     later = {name: record["status"] for name, record in trials(path).items() if name not in known}
+    assert {later[name] for name in ("t005", "t006", "t007")} <= {"pruned", "diverged"}
     assert "pruned" in later.values()
+
+
+def test_a_population_hands_on_weights_and_chains_and_survives_its_driver(tmp_path):
+    path = written(tmp_path, scheduler="{name: pbt, interval_steps: 20}", searcher="random", trials=4, steps=60)
+    driver = start(path)
+    deadline = time.monotonic() + 120
+    while not forks(path):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    driver.send_signal(signal.SIGKILL)
+    driver.communicate()
+    before = forks(path)
+    result = finish(start(path))
+    for name, told in before.items():  # what was done is not done again
+        assert all(forks(path)[name][where] == fork for where, fork in told.items())
+    assert result["status"] == "finished"
+    search = {name: record for name, record in trials(path).items() if name.startswith("t")}
+    assert set(search) == {"t000", "t001", "t002", "t003"}
+    assert {record["status"] for record in search.values()} <= {"finished", "diverged"}
+    for name, told in forks(path).items():
+        folder = next(path.parent.glob(f"runs/small-*/trials/{name}"))
+        for (_, donor), fork in told.items():
+            assert fork["done"]
+            assert fork["point"] != trial_json(folder.parent / donor)["point"]
+        assert search[name]["science"]["sgld.step_size"] == trial_json(folder)["point"]["sgld.step_size"]
+    client = MlflowClient(result["tracking_uri"])
+    runs = client.search_runs(["1"], max_results=100)
+    children = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == result["run_id"]]
+    assert sorted(run.info.run_name for run in children) == sorted(trials(path))
+    for run in children:
+        steps = [point.step for point in client.get_metric_history(run.info.run_id, "val/nll")]
+        assert len(steps) == len(set(steps))
+        assert run.info.status == ("FINISHED" if trials(path)[run.info.run_name]["status"] == "finished" else "FAILED")
+
+
+def trial_json(folder):
+    return json.loads((folder / "trial.json").read_text())
+
+
+def forks(path):
+    """Name -> {(step, donor): fork} of the trials that went on from others."""
+    found = {}
+    for file in path.parent.glob("runs/small-*/trials/*/trial.json"):
+        told = json.loads(file.read_text()).get("forks", [])
+        if told:
+            found[file.parent.name] = {(fork["step"], fork["donor"]): fork for fork in told if fork["done"]}
+    return {name: told for name, told in found.items() if told}
 
 
 def test_a_stopped_sweep_goes_on(tmp_path):

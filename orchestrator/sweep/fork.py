@@ -1,0 +1,126 @@
+"""A trial goes on from another one's checkpoint, weights, chains and all, with settings near the other's (PBT).
+
+Who is good enough to be gone on from keeps the checkpoint that it was measured at: TRIAL/handed/STEP. Who goes on
+from it first writes that down (trial.json), then does it, and does it again if it is killed in the middle.
+Jaderberg et al., Population Based Training of Neural Networks, 2017.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from jem import checkpoint
+from jem.checkpoint import MANIFEST, SCHEMA, Manifest, sealed
+from jem.files import Location
+from jem.settings import flatten
+from orchestrator import recovery
+from orchestrator.config import RunConfig, shareable
+from orchestrator.runs import RunRecord
+
+TRIAL, HANDED = "trial.json", "handed"
+KEPT = 3
+"""Checkpoints that a trial keeps for others: one that is about to go on from an older one still finds it."""
+
+EVENTS = "events.jsonl"
+
+
+@dataclass(frozen=True)
+class Fork:
+    """From `donor`'s checkpoint of `step` on, the trial trains at `point`."""
+
+    id: str
+    donor: str
+    step: int
+    point: dict[str, Any]
+    done: bool = False
+
+    def __str__(self) -> str:
+        return f"from {self.donor} at step {self.step}"
+
+
+def read_forks(root: Location) -> list[Fork]:
+    """What a trial has gone on from, oldest first."""
+    with suppress(FileNotFoundError):
+        return [Fork(**fork) for fork in json.loads((root / TRIAL).read()).get("forks", [])]
+    return []
+
+
+def write_trial(root: Location, content: Mapping[str, Any], forks: list[Fork]) -> None:
+    told = {"forks": [asdict(fork) for fork in forks]} if forks else {}
+    (root / TRIAL).write(json.dumps({**content, **told}, indent=1).encode())
+
+
+def note(root: Location, fork: Fork) -> None:
+    """Write down that the trial in `root` is to go on from another; nothing happens if that is known."""
+    content = json.loads((root / TRIAL).read())
+    forks = read_forks(root)
+    if fork.id not in {known.id for known in forks}:
+        write_trial(root, content, [*forks, fork])
+
+
+def hold(root: Location, step: int) -> int | None:
+    """Keep the newest checkpoint that a trial had at `step`, whatever becomes of the trial; its step, if any."""
+    held = {int(directory.name) for directory in checkpoint.committed(root / HANDED)}
+    for directory in checkpoint.committed(root / "checkpoints"):
+        found = int(directory.name)
+        if found > step:
+            continue
+        if found not in held:
+            try:
+                _link(directory.local, (root / HANDED / found).local)
+            except OSError:  # pruned at this moment
+                continue
+        for old in checkpoint.committed(root / HANDED)[KEPT:]:
+            checkpoint.discard(old)
+        return found
+    return None
+
+
+def go_over(root: Location, fork: Fork, config: RunConfig, record: RunRecord) -> None:
+    """Put the donor's checkpoint in the place of the trial's own, as one of `config`; run.json says so.
+
+    The files are the donor's, bit for bit; only the chains' generators start streams of their own when it is read.
+    Raises CheckpointError if the donor's is damaged; the trial's own are then as they were.
+    """
+    source = checkpoint.read_manifest(root.parent / fork.donor / HANDED / fork.step)
+    source.verify()
+    folder = root / "checkpoints"
+    for directory in checkpoint.committed(folder):
+        checkpoint.discard(directory)
+    (root / recovery.FILE).remove()
+    target = folder / fork.step
+    _link(source.directory.local, target.local, without=(MANIFEST, EVENTS))
+    (target / MANIFEST).write(_manifest(source, fork, config))
+    record.science, record.digest = config.science, config.digest
+    record.save(root)
+
+
+def _manifest(source: Manifest, fork: Fork, config: RunConfig) -> bytes:
+    told = {"fork": {"id": fork.id, "why": str(fork)}}
+    info = source.info | {"config": flatten(shareable(config)), "rollbacks": 0} | told
+    files = {name: file for name, file in source.files.items() if name != EVENTS}
+    fields = ("step", "world_size", "world_epoch", "device")
+    head = {"schema": SCHEMA, **{key: getattr(source, key) for key in fields}}
+    return sealed(json.loads(json.dumps({**head, "info": info, "files": files})))
+
+
+def _link(source: Path, target: Path, without: tuple[str, ...] = ()) -> None:
+    """The folder under another name: its files are never written again, so that links will do. The manifest is last."""
+    shutil.rmtree(target, ignore_errors=True)  # what an interrupted attempt has left
+    target.mkdir(parents=True)
+    for path in sorted(source.iterdir(), key=lambda path: path.name == MANIFEST):
+        if path.name in without or path.name.startswith((".", "part-")):
+            continue
+        try:
+            os.link(path, target / path.name)
+        except FileNotFoundError:
+            raise
+        except OSError:  # a filesystem without links
+            shutil.copyfile(path, target / path.name)
