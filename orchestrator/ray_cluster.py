@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import threading
@@ -55,6 +56,7 @@ class Cluster:
     private: bool  # started by us, on this machine, for this run
     cpus: float
     gpus: float
+    memory: float = math.inf  # GiB, of all nodes
 
 
 @contextmanager
@@ -90,9 +92,13 @@ def ray_session(cpus: int, settings: Mapping[str, str] | None = None) -> Iterato
     TOKEN.chmod(0o600) if TOKEN.exists() else None  # Ray writes it readable for everybody
     try:
         resources = ray.cluster_resources()
-        yield Cluster(not address, resources.get("CPU", 0), resources.get("GPU", 0))
+        yield Cluster(not address, resources.get("CPU", 0), resources.get("GPU", 0), _memory(resources))
     finally:
         ray.shutdown()
+
+
+def _memory(resources: Mapping[str, float]) -> float:
+    return resources["memory"] / 2**30 if "memory" in resources else math.inf
 
 
 def leave_ray(patience_s: float) -> None:

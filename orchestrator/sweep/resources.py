@@ -39,7 +39,8 @@ class _Need:
 
     @property
     def trials(self) -> float:
-        return math.floor(self.there / self.each + SLACK) if self.each else math.inf
+        most = self.there / self.each + SLACK if self.each else math.inf
+        return math.floor(most) if math.isfinite(most) else most
 
     def sum(self, trials: int, workers: int) -> str:
         """Trials x (driver + workers): a trial's driver only waits, and takes nothing."""

@@ -22,7 +22,8 @@ budget: {{trials: {trials}, steps: {steps}}}
 finalists: 1
 seeds: 2
 settings:
-  {{workers: {workers}, model.channels: [4], sgld.steps: 1, replay.capacity: 64, batch_size: 16, recovery.max: 0}}
+  {{workers: {workers}, model.channels: [4], sgld.steps: 1, replay.capacity: 64, batch_size: 16, recovery.max: 0,
+    recovery.max_failures: 0}}
 space:
   sgld.step_size: {{loguniform: [0.1, 10]}}
   optimizer.learning_rate: {rates}
@@ -32,9 +33,9 @@ space:
 ASHA = "{name: asha, grace_steps: 20}"
 
 
-def written(folder, **changes):
+def written(folder, more="", **changes):
     usual = {"searcher": "tpe", "scheduler": "{name: none}", "trials": 4, "steps": 40, "workers": 1}
-    text = SMALL.format(**usual | {"rates": "{loguniform: [0.0001, 0.01]}"} | changes)
+    text = SMALL.format(**usual | {"rates": "{loguniform: [0.0001, 0.01]}"} | changes) + more
     path = folder / "small.yaml"
     path.write_text(text)
     return path
@@ -46,6 +47,14 @@ def start(path, *settings):
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=path.parent
     )
+
+
+def wait(driver, until):
+    deadline = time.monotonic() + 120
+    while not until():
+        assert time.monotonic() < deadline
+        assert driver.poll() is None, driver.stderr.read()
+        time.sleep(0.05)
 
 
 def finish(process, code=0):
@@ -62,13 +71,12 @@ def trials(path):
     return found
 
 
-def test_eight_trials_with_divergence_and_a_killed_driver_end_with_a_decision(tmp_path):
-    path = written(tmp_path, trials=8, steps=60, rates="{choice: [0.001, 0.003, 1000000000]}")
+def test_eight_trials_with_a_crash_a_divergence_and_a_killed_driver_end_with_a_decision(tmp_path):
+    (tmp_path / "crashing.py").write_text("def network(*_, **__):\n    raise RuntimeError('out of luck')\n")
+    crashes = "  model.name: {choice: [small_conv, 'crashing:network']}\n"
+    path = written(tmp_path, crashes, trials=8, steps=60, rates="{choice: [0.001, 0.003, 1000000000]}")
     driver = start(path)
-    deadline = time.monotonic() + 120
-    while sum(record["status"] == "finished" for record in trials(path).values()) < 2:
-        assert time.monotonic() < deadline, driver.stderr.read()
-        time.sleep(0.05)
+    wait(driver, lambda: sum(record["status"] == "finished" for record in trials(path).values()) >= 2)
     driver.send_signal(signal.SIGKILL)
     driver.communicate()
     before = {name: record for name, record in trials(path).items() if record["status"] == "finished"}
@@ -80,7 +88,9 @@ def test_eight_trials_with_divergence_and_a_killed_driver_end_with_a_decision(tm
     for name in before:  # nothing that was finished ran twice; the winner alone is looked at once more
         again = len(after[name]["attempts"]) - 1
         assert again == (name == result["best"]["name"])
-    assert {record["status"] for record in search.values()} == {"finished", "diverged"}
+    assert {record["status"] for record in search.values()} == {"finished", "diverged", "failed"}
+    crashed = [record["result"]["message"] for record in search.values() if record["status"] == "failed"]
+    assert all("out of luck" in message for message in crashed)
     finals = {name for name in after if name.startswith("f-")}
     assert len(finals) == 4
     assert {name.split("-")[1] for name in finals} >= {"base"}
@@ -115,10 +125,7 @@ def test_a_restored_search_keeps_its_scheduler(tmp_path):
     rates = "{grid: [0.003, 0.002, 0.0015, 0.001, 0.000000001, 0.000000002, 0.000000003]}"
     path = written(tmp_path, scheduler=ASHA, searcher="grid", trials=8, steps=300, rates=rates)
     driver = start(path, "finalists=0", "sgld.steps=3")
-    deadline = time.monotonic() + 120
-    while len(trials(path)) < 3:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait(driver, lambda: len(trials(path)) >= 3)
     driver.send_signal(signal.SIGKILL)
     driver.communicate()
     known = set(trials(path))
@@ -132,10 +139,7 @@ def test_a_restored_search_keeps_its_scheduler(tmp_path):
 def test_a_population_hands_on_weights_and_chains_and_survives_its_driver(tmp_path):
     path = written(tmp_path, scheduler="{name: pbt, interval_steps: 20}", searcher="random", trials=4, steps=60)
     driver = start(path)
-    deadline = time.monotonic() + 120
-    while not forks(path):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait(driver, lambda: forks(path))
     driver.send_signal(signal.SIGKILL)
     driver.communicate()
     before = forks(path)
@@ -179,10 +183,7 @@ def forks(path):
 def test_a_stopped_sweep_goes_on(tmp_path):
     path = written(tmp_path, trials=4, steps=400)
     driver = start(path, "finalists=0")
-    deadline = time.monotonic() + 120
-    while not any(record["status"] == "running" for record in trials(path).values()):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait(driver, lambda: any(record["status"] == "running" for record in trials(path).values()))
     time.sleep(1)
     driver.send_signal(signal.SIGTERM)
     assert finish(driver, 143)["status"] == "stopped"
