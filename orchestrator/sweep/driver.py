@@ -148,7 +148,7 @@ class Session:
         sweep, config = self.sweep, self.sweep.config
         here = cores()
         with ray_session(here) as cluster:
-            memory = psutil.virtual_memory().available / GIB if cluster.private else float("inf")
+            memory = psutil.virtual_memory().available / GIB if cluster.private else cluster.memory
             fitting = fit(sweep, here if cluster.private else cluster.cpus, cluster.gpus, memory)
             init_from = resolve_model(sweep.run.init_from, self.root, self.uri)
             setting = Setting(sweep, self.root, cluster, config.resources.cpu, init_from)
