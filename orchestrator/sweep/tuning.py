@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,7 @@ from ray.tune.search.optuna import OptunaSearch
 
 from orchestrator.sweep.axes import valid
 from orchestrator.sweep.config import OBJECTIVES, Sweep
+from orchestrator.sweep.orphans import freeing_orphans
 from orchestrator.sweep.resources import Fit
 from orchestrator.sweep.space import draw
 from orchestrator.sweep.trial import Setting, Trial, Work, search_trial
@@ -159,7 +161,9 @@ def run_stage(stage: str, trials: Sequence[Trial], setting: Setting, fit: Fit) -
                 verbose=0,
             ),
         )
-    return [str(result.path).rsplit("/", 1)[-1] for result in tuner.fit() if result.error is not None]
+    with freeing_orphans() if workers > 1 else nullcontext():
+        results = tuner.fit()
+    return [str(result.path).rsplit("/", 1)[-1] for result in results if result.error is not None]
 
 
 def scheduler(sweep: Sweep) -> TrialScheduler | None:

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from mlflow import MlflowClient
 
@@ -111,9 +112,17 @@ def test_eight_trials_with_a_crash_a_divergence_and_a_killed_driver_end_with_a_d
 
 
 def test_trials_of_two_workers_that_end_early_leave_room_for_the_next(tmp_path):
-    """A driver that takes a CPU would leave its workers none; workers that are left behind, the next trial."""
+    """A driver that takes a CPU would leave its workers none; workers that are left behind, the next trial, and those
+    of a trial whose process is killed the same one.
+    """
     path = written(tmp_path, workers=2, scheduler=ASHA, searcher="random", trials=4, steps=200)
-    result = finish(start(path, "finalists=0", "sgld.steps=5"))
+    driver = start(path, "finalists=0", "sgld.steps=5", "checkpoint.every=20")
+    wait(driver, lambda: list(path.parent.glob("runs/small-*/trials/*/checkpoints/20/manifest.json")))
+    for process in psutil.Process(driver.pid).children(recursive=True):
+        if "ResourceTrainable" in "".join(process.cmdline()):
+            process.kill()
+    result = finish(driver)
+    assert len(trials(path)["t000"]["attempts"]) >= 2
     statuses = [record["status"] for record in trials(path).values()]
     assert len(statuses) == 4
     assert "pruned" in statuses
