@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help demo ui test faults sweeps soak install check clean
+.PHONY: help demo ui test faults sweeps soak results install check clean
 
 help:
 	@echo "make demo    install, train digits with 2 Ray Train workers, show what came of it"
@@ -12,6 +12,7 @@ help:
 	@echo "make faults  real faults: processes killed and stopped, nodes lost, full disks, damaged files, MLflow away"
 	@echo "make sweeps  sweeps on a real Ray: crashes, divergence, a killed driver, trials of several workers"
 	@echo "make soak    20 kills at random times, the same final bits each time (half an hour)"
+	@echo "make results the tables of README and docs, from the runs' figures in docs/results"
 	@echo "make check   ruff, types, import contracts"
 	@echo "make clean   remove the environment; runs stay"
 
@@ -50,6 +51,9 @@ sweeps: $(VENV)/installed-dev
 
 soak: install
 	$(BIN)/python benchmarks/soak.py --out docs/results/soak.json
+
+results: install
+	$(BIN)/python benchmarks/results.py
 
 check: $(VENV)/installed-dev
 	$(BIN)/ruff check .

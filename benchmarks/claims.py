@@ -19,6 +19,8 @@ import numpy as np
 from common import machine, seeds_of
 from scipy import stats
 
+from orchestrator.sweep.summary import table as markdown
+
 ROOT = Path(__file__).resolve().parents[1]
 
 FIGURES = {
@@ -82,17 +84,18 @@ def table(found: dict[str, dict[str, list[float]]], sets: list[str]) -> str:
         f"AUROC {name}: {score}": f"ood/{name}/{score}/auroc" for name in sets for score in (*OWN_SCORES, "refine")
     }
     rows |= {f"AUROC {name}: {score}": f"ood/{name}/{score}/auroc" for name in sets for score in ("mahalanobis", "vim")}
-    lines = ["| figure | JEM | classifier | JEM less classifier |", "|---|---|---|---|"]
+    lines = []
     for label, key in rows.items():
         if key in found:
             cells = [
-                _shown(found[key][part], signed=part == "difference") for part in ("jem", "classifier", "difference")
+                shown(found[key][part], signed=part == "difference") for part in ("jem", "classifier", "difference")
             ]
-            lines.append(f"| {label} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+            lines.append([label, *cells])
+    return markdown(("figure", "JEM", "classifier", "JEM less classifier"), lines)
 
 
-def _shown(values: list[float], signed: bool = False) -> str:
+def shown(values: list[float], signed: bool = False) -> str:
+    """A figure; `signed`: a difference, bold where its interval excludes 0."""
     mean, low, high = values
     if signed:
         text = f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"
@@ -113,7 +116,7 @@ def main() -> int:
         seeds.append(pair(arguments.recipe, seed, arguments.settings))
         print(f"seed {seed}: {' and '.join(seeds[-1]['runs'])}", file=sys.stderr, flush=True)
     told = [a for a in sys.argv[1:] if not a.startswith("storage_path=")]
-    result = {"command": " ".join(["python benchmarks/claims.py", *told]), "hardware": machine()}
+    result: dict[str, Any] = {"command": " ".join(["python benchmarks/claims.py", *told]), "hardware": machine()}
     found = summary(seeds)
     result |= {"intervals": "mean and 95 % t-interval over seeds", "summary": found, "seeds": seeds}
     if arguments.out:

@@ -68,12 +68,3 @@ def test_the_table_of_results_is_that_of_the_runs(monkeypatch):
             _, low, high = module.interval([seed["jem"][key] - seed["classifier"][key] for seed in seeds])
             higher, lower = (low > 0, high < 0) if model == "jem" else (high < 0, low > 0)
             assert cell.startswith("**") == (lower if "ECE" in label or "NLL" in label else higher)
-
-
-def test_the_tables_of_the_claims_are_those_of_the_runs(monkeypatch):
-    module, results = claims(monkeypatch)
-    text = (ROOT / "docs" / "evaluation.md").read_text()
-    for name, result in results.items():
-        other = "mnist5k" if name == "digits" else "digits"
-        found = module.summary(result["seeds"])
-        assert module.table(found, ["interp", "uniform", "rot90", "textures", "fashion_mnist", other]) in text
