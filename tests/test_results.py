@@ -141,7 +141,7 @@ END = "<!-- end results -->"
         (
             MARKER,
             "<!-- results: divergances -->",
-            r"{page}:{line}: no table is called 'divergances': take one of claims, ",
+            r"{page}:{line}: no table is called 'divergances': take one of first-use, ",
         ),
         (MARKER, "", r"{page}:\d+: <!-- end results --> ends no table: write <!-- results: NAME -->"),
         (END, "", r"{page}:{line}: table divergence has no <!-- end results --> before the end of the file: write it"),
