@@ -115,4 +115,6 @@ def load_optimizer_tensors(network: nn.Module, optimizer: torch.optim.Optimizer,
         parameter = parameters[name]
         # the fused kernels want step counts in float32, whatever the weights are in
         dtype = torch.float32 if key == "step" else parameter.dtype
-        optimizer.state[parameter][key] = value.to(parameter.device, dtype)
+        # as the weights lie in memory: the kernels walk through both alike
+        held = torch.empty_like(parameter, dtype=dtype) if value.shape == parameter.shape else torch.empty_like(value)
+        optimizer.state[parameter][key] = held.to(parameter.device, dtype).copy_(value)

@@ -142,7 +142,7 @@ def test_an_imported_network_gives_the_logits_of_the_released_one(tmp_path, imag
 
 def test_but_for_the_pooling_they_are_equal_to_the_bit(tmp_path, images):
     network = theirs(depth=16, width=2)
-    ours = imported(read_released(saved(tmp_path, network)))
+    ours = imported(read_released(saved(tmp_path, network))).to(memory_format=torch.contiguous_format)  # as theirs
     maps = ours.layer3(ours.layer2(ours.layer1(ours.conv1(images))))
     assert torch.equal(ours.class_output(F.avg_pool2d(F.leaky_relu(maps, 0.2), 8).flatten(1)), network.classify(images))
 
