@@ -200,7 +200,33 @@ def first_use(used: Path, trained: Path) -> str:
     return table(("", "measured"), rows)
 
 
+def steps(path: Path) -> str:
+    """Our step beside the released code's and a plain classifier's."""
+    measured = _json(path)
+    head = (
+        "network, batch, K",
+        "precision",
+        "released code's step",
+        "ours",
+        "times as fast",
+        "of the matrix product's rate",
+        "classifiers' steps it costs",
+        "by arithmetic",
+    )
+    lines = []
+    for name, precisions in measured["cases"].items():
+        for precision, found in precisions.items():
+            paper, plain = found["against_paper"], found["against_classifier"]
+            seconds = [f"{1000 * each:.0f} ms" if each >= 0.1 else f"{1000 * each:.1f} ms" for each in paper["seconds"]]
+            low, high = paper["range"]
+            ratio = f"{paper['ratio']:.2f} ({low:.2f} to {high:.2f})"
+            used, cost = f"{found['utilisation']:.0%}", f"{plain['ratio']:.1f}"
+            lines.append([name, precision, *seconds, ratio, used, cost, f"{plain['arithmetic']:.1f}"])
+    return table(head, lines)
+
+
 TABLES = {
+    "step-cpu": Table(("../../benchmarks/results/step_cpu.json",), steps),
     "first-use": Table(("first_use.json", "digits.json"), first_use),
     "claims": Table(tuple(f"claims_{recipe}.json" for recipe in RECIPES), overview),
     "claims-digits": Table(("claims_digits.json",), partial(of_claims, ["mnist5k"])),

@@ -31,6 +31,7 @@ def copy(tmp_path):
     """The pages and their data, elsewhere."""
     shutil.copy(ROOT / "README.md", tmp_path)
     shutil.copytree(ROOT / "docs", tmp_path / "docs", ignore=shutil.ignore_patterns("images"))
+    shutil.copytree(ROOT / "benchmarks" / "results", tmp_path / "benchmarks" / "results")
     return tmp_path
 
 
@@ -141,7 +142,7 @@ END = "<!-- end results -->"
         (
             MARKER,
             "<!-- results: divergances -->",
-            r"{page}:{line}: no table is called 'divergances': take one of first-use, ",
+            r"{page}:{line}: no table is called 'divergances': take one of step-cpu, ",
         ),
         (MARKER, "", r"{page}:\d+: <!-- end results --> ends no table: write <!-- results: NAME -->"),
         (END, "", r"{page}:{line}: table divergence has no <!-- end results --> before the end of the file: write it"),
