@@ -1,6 +1,7 @@
 """Train a joint energy model:  python jobs/train.py RECIPE [key=value ...] [--dry-run] [--fresh]
 
-The same command continues a run that was stopped and reads out one that is finished. The last line on
+The same command continues a run that was stopped and reads out one that is finished. seeds=5 trains with five
+seeds, as many at once as fit, and ends with the mean and the 95 % interval of each figure. The last line on
 stdout is one JSON object. Exit codes: 0 done, 1 failed, 2 bad configuration or data, 3 no good checkpoint,
 4 diverged beyond recovery, 143 stopped.
 """
@@ -29,6 +30,12 @@ def train() -> Result:
         from orchestrator.plan import plan
 
         return plan(config)
+    if config.seeds > 1:
+        from orchestrator.sweep.seeds import run_seeds, show_seeds
+
+        several = run_seeds(config, arguments.fresh)
+        show_seeds(several)
+        return several
     from orchestrator.launch import launch
     from orchestrator.result import show
 

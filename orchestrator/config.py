@@ -133,6 +133,9 @@ class RunConfig(JEMConfig):
         ge=1,
     )
     steps: int = setting(ge=1, doc="optimiser steps; more of them continue a finished run")
+    seeds: int = setting(
+        1, ge=1, doc="train so many times, with seed, seed+1, ...: one run each below a parent with means and intervals"
+    )
     device: str = setting("auto", choices=("auto", "cpu", "cuda"), doc="auto: a GPU a worker where there are enough")
     deterministic: bool = setting(False, doc="GPU: deterministic kernels only")
     storage_path: str = setting("./runs", doc="folder of all runs, or any pyarrow filesystem URI such as s3://...")
@@ -160,6 +163,11 @@ class RunConfig(JEMConfig):
             yield "recovery.ladder", unfit
         if self.evaluate.ema and not self.optimizer.ema_decay:
             yield "evaluate.ema", "is true, but no weights are averaged; set optimizer.ema_decay, to 0.999 say"
+        if self.seed + self.seeds > 2**31:
+            yield (
+                "seeds",
+                f"is {self.seeds}, too many: the last seed, {self.seed + self.seeds - 1}, must be below 2**31",
+            )
         if self.name is not None:
             yield from folder_name("name", self.name)
 

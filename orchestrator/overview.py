@@ -15,6 +15,7 @@ from orchestrator.advice import Advice, advise, sync_command
 from orchestrator.details import Checkpoint
 from orchestrator.result import Result
 from orchestrator.survey import Run, choose, find, look
+from orchestrator.sweep.folders import TRIALS, about, is_group, print_group
 
 LINES = 3
 """Of what is wrong with a run, in the table of all."""
@@ -22,9 +23,10 @@ LINES = 3
 
 @dataclass
 class Overview(Result):
-    """`runs` has an entry a run; that of a run in detail has `details` too."""
+    """`runs` has an entry a run; that of a run in detail has `details` too. `folders`: of many runs each."""
 
     runs: list[dict[str, Any]] = field(default_factory=list)
+    folders: list[dict[str, Any]] = field(default_factory=list)
 
 
 def overview(arguments: list[str], verify: bool = False, jobs: str = "jobs") -> Overview:
@@ -34,20 +36,25 @@ def overview(arguments: list[str], verify: bool = False, jobs: str = "jobs") -> 
     """
     storage, named, _ = choose(arguments, ("storage_path",))
     now = time.time()
-    found = [] if named else find(storage)
-    sweeps = [root for root in found if (root / "sweep.json").exists()]
-    runs = named or [root for root in found if root not in sweeps]
-    told = [_tell(root, bool(named), verify, jobs, now) for root in runs]
+    found = named or find(storage)
+    groups = [root for root in found if is_group(root)]
+    if len(named) == 1 and groups:  # its trials, as a table
+        storage, named = named[0] / TRIALS, []
+        found = find(storage)
+    told = [_tell(root, bool(named), verify, jobs, now) for root in found if root not in groups]
     told.sort(key=lambda one: one.run.begun, reverse=True)
     entries = [facts(one.run, one.advice) for one in told]
     if named:
         for entry, one in zip(entries, told, strict=True):
             entry["details"] = _print_one(one, jobs, now)
-    else:
+    elif told or not groups:
         _print_all(storage, told, jobs, now)
-        for root in sweeps:
-            print(f"\n{root.name}: a sweep; its trials: python {jobs}/runs.py storage_path={(root / 'trials').uri}")
-    return _result(entries, [kept for one in told for kept in one.kept], verify)
+    folders = [about(root, jobs) for root in groups]
+    for folder in folders:
+        print_group(folder, jobs)
+    result = _result(entries, [kept for one in told for kept in one.kept], verify)
+    result.folders = folders
+    return result
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,7 +22,10 @@ def plan(config: RunConfig) -> Result:
     check_folder(config)
     spec = describe(config.data)
     print(to_yaml(config))
-    rows = [("name", config.name or ""), ("folder", planned_storage(config)), ("data", spec.where)]
+    several, counts = _several(config)
+    name = several.get("name", config.name or "")
+    folder = planned_storage(replace(config, name=name))
+    rows = [*({"name": name, "folder": folder} | several).items(), ("data", spec.where)]
     metrics: dict[str, float] = {}
     if spec.image_shape is None or spec.n_classes is None:
         rows.append(("network", "unknown until the data are there: their image shape or classes are not known yet"))
@@ -31,7 +35,16 @@ def plan(config: RunConfig) -> Result:
     width = max(len(label) for label, _ in rows)
     for label, text in rows:
         print(f"{label:<{width}}  {text}")
-    return Result(name=config.name, step=0, metrics=metrics, status="planned")
+    return Result(name=name, step=0, metrics=metrics | counts, status="planned")
+
+
+def _several(config: RunConfig) -> tuple[dict[str, str], dict[str, float]]:
+    """What more than one seed makes of it; the other figures are those of one run."""
+    if config.seeds == 1:
+        return {}, {}
+    from orchestrator.sweep.seeds import planned
+
+    return planned(config)
 
 
 def _network(config: RunConfig, spec: DataSpec) -> tuple[list[tuple[str, str]], dict[str, float]]:

@@ -24,6 +24,7 @@ KINDS = (*RANGES, *OPTIONS)
 
 SAME_FOR_ALL = {
     "seed": "every trial has the sweep's seed, and the finalists several: seeds=",
+    "seeds": "a trial is one run, and the finalists have several seeds: seeds=",
     "name": "the sweep names its trials",
     "steps": "all trials have the same budget: budget.steps=",
     "workers": "all trials take the same resources",

@@ -164,6 +164,7 @@ RUNS = {key for key, _, _ in describe(RunConfig)}
 SET_BY_SWEEP = {
     "name": "trials are named by the sweep; name= is the sweep's own",
     "seed": "seed= is the sweep's own, of every trial in the search",
+    "seeds": "seeds= is the sweep's own, of the finalists",
     "steps": "the steps of a trial are budget.steps",
     "evaluate.suite": "must be none: test data are touched once, by the winner",
     "evaluate.register": "must be false: only the winner is registered",
@@ -337,7 +338,7 @@ def _base(
         problems += [Problem("base", str(replace(p, origin="")), p.origin or base.origin) for p in error.problems]
         problems += [p for p in mistakes(dict(fixed)) if p.origin]
         return "", None
-    entries = {**written, **fixed, "name": Entry(None)}
+    entries = {**written, **fixed, "name": Entry(None), "seeds": Entry(1)}
     if config is not None:
         entries["seed"] = Entry(config.seed)
         if config.budget.steps is not None:

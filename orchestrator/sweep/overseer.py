@@ -11,7 +11,7 @@ from jem.files import Location
 from orchestrator.mlflow_run import RunSpec
 from orchestrator.sweep.config import Sweep
 from orchestrator.sweep.live import Board, TrialState
-from orchestrator.sweep.table import Row, best, read_trials
+from orchestrator.sweep.table import SEEDS, Row, best, read_trials
 from orchestrator.sweep.trial import CLOSING, TRIALS
 from orchestrator.sweep.upload import Uploads
 
@@ -36,7 +36,8 @@ class Overseer:
     ) -> None:
         self.sweep, self.root, self.uploads, self.spec, self.stage = sweep, root, uploads, spec, stage
         self.at_once = at_once
-        self.board = Board(f"{sweep.name}, {stage}", sweep.config.objective, n, at_once)
+        title = sweep.name if stage == SEEDS else f"{sweep.name}, {stage}"
+        self.board = Board(title, sweep.config.objective, n, at_once)
         self.sent: set[str] = set()
         self.closed: set[str] = set()
 
@@ -69,7 +70,11 @@ class Overseer:
                 self.sent.add(row.name)
             if row.status in OVER and row.name in self.sent - self.closed:
                 self.closed.add(row.name)
+                self.uploads.reopen(row.name)
                 self.uploads.close_trial(row.name, row.status, row.reason)
+            elif row.status == "running" and row.name in self.closed:  # it was over, and more steps are asked of it
+                self.closed.remove(row.name)
+                self.uploads.reopen(row.name)
         minutes = self.sweep.config.budget.minutes
         budget = minutes * 60 if minutes else None
         own = [row for row in rows if row.stage == self.stage]

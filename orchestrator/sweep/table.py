@@ -23,7 +23,10 @@ if TYPE_CHECKING:
 BASE = "base"
 """The candidate that is the recipe as it is."""
 
-STAGES = ("search", "seeds", "finalists")
+SEEDS = "seeds"
+"""The stage of runs that differ in their seeds alone, and the kind of their folder."""
+
+STAGES = ("search", SEEDS, "finalists")
 
 GOING_ON = ("running", "waiting", "stopped", "out of time")
 """Statuses of trials that are not over: one waits to be compared, a stopped one goes on with the sweep."""
@@ -203,7 +206,7 @@ def _from_name(folder: Location) -> Row:
     if finalist:
         return Row(folder.name, "finalists", 0, finalist[1], {}, int(finalist[2]), "running", folder=folder.uri)
     if seed:
-        return Row(folder.name, "seeds", int(seed[1]), BASE, {}, int(seed[1]), "running", folder=folder.uri)
+        return Row(folder.name, SEEDS, int(seed[1]), BASE, {}, int(seed[1]), "running", folder=folder.uri)
     searched = re.fullmatch(r"t(\d+)", folder.name)
     number = int(searched[1]) if searched else 0
     candidate = BASE if searched and number == 0 else folder.name

@@ -37,7 +37,7 @@ class Trial:
     """Settings that are tried once; as JSON it is what Ray Tune hands to an actor."""
 
     name: str
-    stage: str  # search, finalists
+    stage: str  # search, seeds, finalists
     number: int
     candidate: str
     point: dict[str, Any]
@@ -118,7 +118,7 @@ class Work:
             self._go_over()
             config = self._config()
             record = open_record(root, config, fresh=False)
-            if _over(record):
+            if over(record, config.steps):
                 assert record.result is not None
                 return Result(**record.result)
             write_trial(root, self.content, read_forks(root))
@@ -146,7 +146,7 @@ class Work:
         forks, record = read_forks(self.root), read_record(self.root)
         if record is None:
             return
-        if forks and not forks[-1].done and not _over(record):
+        if forks and not forks[-1].done and not over(record, self.setting.sweep.run.steps):
             fork = forks.pop()
             config, log = self._config(fork.point), EventLog(self.log_path)
             try:
@@ -202,8 +202,11 @@ def train_here(
                 raise JEMError(f"{type(error).__name__}: {error}") from error
 
 
-def _over(record: RunRecord) -> bool:
-    return record.result is not None and record.status not in GOING_ON
+def over(record: RunRecord, steps: int) -> bool:
+    """Whether a trial is not worked on any more: it ended, and if it finished it did so with as many steps."""
+    if record.result is None or record.status in GOING_ON:
+        return False
+    return record.status != "finished" or record.result["step"] >= steps
 
 
 @contextmanager

