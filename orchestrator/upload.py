@@ -71,6 +71,15 @@ def is_whole(run_dir: Path) -> bool:
         return False
 
 
+def newest_model(run_dir: Path) -> Registered | None:
+    """What became of the last final model of a run that was sent, as far as uploaded.json knows."""
+    try:
+        models = json.loads((Path(run_dir) / STATE_NAME).read_text())["state"]["models"]
+        return Registered(**list(models.values())[-1])
+    except (OSError, ValueError, KeyError, TypeError, IndexError):
+        return None
+
+
 def send_rest(spec: RunSpec, log_path: Path, run_dir: Path, run_id: str | None = None) -> str:
     """As `sync`, to an MLflow run that the caller describes."""
     if not spec.uri:

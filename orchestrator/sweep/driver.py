@@ -30,6 +30,7 @@ from orchestrator.sweep.space import points
 from orchestrator.sweep.summary import summary
 from orchestrator.sweep.table import Row, counts, read_trials, write_tables
 from orchestrator.sweep.trial import CLOSING, TRIALS, Setting, Trial, search_trial, train_here
+from orchestrator.upload import newest_model
 
 GIB = 2**30
 PICTURES = ("objectives.png", "importance.png", "parallel.png", "pareto.png", "progress.png")
@@ -167,12 +168,16 @@ class Search(Session[SweepResult]):
         pictures = "".join(f"\n\n![{n}](get-artifact?path={n}&run_uuid={RUN_ID})" for n in PICTURES if n in names)
         status, metrics, winner = outcome["status"], outcome.get("metrics", {}), outcome.get("winner")
         files, note = [*names, "summary.md"], shortened(text) + pictures
+        run_id = self.tell(status, files, note, metrics=metrics, step=outcome.get("step"))
+        model = newest_model((self.root / TRIALS / winner.name).local) if winner is not None else None
         result = SweepResult(
-            run_id=self.tell(status, files, note, metrics=metrics, step=outcome.get("step")),
+            run_id=run_id,
             name=self.sweep.name,
             checkpoint=outcome.get("checkpoint"),
             step=outcome.get("step"),
             metrics=metrics,
+            model=model.model if model else None,
+            champion=model.champion if model else None,
             status=status,
             tracking_uri=shown(self.uri),
             message=outcome.get("message", ""),

@@ -120,6 +120,8 @@ class Session(ABC, Generic[R]):
         self.uri, self.artifacts = default_uri(storage, sweep.run.tracking.uri)
         self.folder = root.local
         self.log_path = self.folder / "events.jsonl"
+        for attempt in record.attempts[-1:]:  # a driver that was killed could not say when
+            attempt.setdefault("ended", max(attempt["started"], _last_sign(root)))
         self.spent = sum(a.get("ended", a["started"]) - a["started"] for a in record.attempts)
         self.began = time.time()
         told = texts(facts() | {"folder": root.uri, "kind": record.kind} | dict(tags))
@@ -236,6 +238,12 @@ def shortened(text: str) -> str:
 
 def texts(values: Mapping[str, Any]) -> dict[str, str]:
     return {key: str(value) for key, value in values.items()}
+
+
+def _last_sign(root: Location) -> float:
+    """When a driver or one of its trials last wrote something down."""
+    logs = [root.local / "events.jsonl", *(root / TRIALS).local.glob("*/events.jsonl")]
+    return max((log.stat().st_mtime for log in logs if log.exists()), default=0.0)
 
 
 def _close_lost(root: Location) -> None:

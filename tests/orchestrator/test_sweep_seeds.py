@@ -2,11 +2,12 @@
 
 import json
 import math
+import os
 
 import numpy as np
 import pytest
 import yaml
-from made_sweeps import made_trial
+from made_sweeps import BEGUN, made_trial
 from scipy import stats
 
 from jem.errors import ConfigError
@@ -79,6 +80,16 @@ def test_seeds_that_ended_are_not_run_again_but_for_more_steps(tmp_path):
     record = read_record(root / "trials" / "s0")
     assert over(record, 300)
     assert not over(record, 301)
+
+
+def test_the_time_of_a_driver_that_was_killed_counts(tmp_path):
+    config = config_of(tmp_path, "seeds=2")
+    root = Location.of(tmp_path) / f"{config.name}-seeds"
+    made_trial(root, "s0", stage="seeds", metrics={"val/nll": 0.5})
+    os.utime((root / "trials" / "s0" / "events.jsonl").local, (BEGUN + 90, BEGUN + 90))
+    attempts = [{"started": BEGUN - 50, "ended": BEGUN - 40}, {"started": BEGUN}]
+    record = Record(root.name, config.science, "seeds", attempts=attempts)
+    assert SeedsWork(config, Location.of(tmp_path), root, record).spent == 10 + 90
 
 
 def test_a_folder_of_other_settings_is_refused_and_kept(tmp_path):

@@ -84,6 +84,7 @@ def test_eight_trials_with_a_crash_a_divergence_and_a_killed_driver_end_with_a_d
     result = finish(start(path))
     after = trials(path)
     assert result["status"] == "finished"
+    assert result["model"] == "models:/jem-digits/1"
     search = {name: record for name, record in after.items() if name.startswith("t")}
     assert len(search) == 8
     for name in before:  # nothing that was finished ran twice; the winner alone is looked at once more
