@@ -42,7 +42,8 @@ def seeds_summary(rows: Sequence[Row], name: str) -> str:
     blocks = [told, *_reasons(rows)]
     if found:
         head = ("figure", "mean and 95 % t-interval", *(f"seed {row.seed}" for row in finished))
-        lines = [(key, *_over(Spread(**spread), [row.seed for row in finished])) for key, spread in found.items()]
+        first = sorted(found, key=lambda key: (not key.startswith("test/"), not key.startswith("val/"), key))
+        lines = [(key, *_over(Spread(**found[key]), [row.seed for row in finished])) for key in first]
         blocks.insert(1, table(head, lines))
     return "\n\n".join(blocks) + "\n"
 
