@@ -24,7 +24,7 @@ from orchestrator import recovery
 from orchestrator.config import RunConfig, shareable
 from orchestrator.runs import RunRecord
 
-TRIAL, HANDED = "trial.json", "handed"
+TRIAL, HANDED, INCOMING = "trial.json", "handed", "incoming"
 KEPT = 3
 """Checkpoints that a trial keeps for others: one that is about to go on from an older one still finds it."""
 
@@ -83,23 +83,30 @@ def hold(root: Location, step: int) -> int | None:
     return None
 
 
-def go_over(root: Location, fork: Fork, config: RunConfig, record: RunRecord) -> None:
-    """Put the donor's checkpoint in the place of the trial's own, as one of `config`; run.json says so.
+def prepare(root: Location, fork: Fork, config: RunConfig) -> Location:
+    """The donor's checkpoint beside the trial's own ones, as one of `config`; all that can fail of going over.
 
     The files are the donor's, bit for bit; only the chains' generators start streams of their own when it is read.
-    Raises CheckpointError if the donor's is damaged; the trial's own are then as they were.
+    Raises CheckpointError if the donor's is damaged, OSError if it cannot be written; the trial is then as it was.
     """
     source = checkpoint.read_manifest(root.parent / fork.donor / HANDED / fork.step)
     source.verify()
+    made = root / INCOMING / fork.step
+    _link(source.directory.local, made.local, without=(MANIFEST, EVENTS))
+    (made / MANIFEST).write(_manifest(source, fork, config))
+    return made
+
+
+def go_over(root: Location, made: Location, config: RunConfig, record: RunRecord) -> None:
+    """Put what was prepared in the place of all that the trial has; run.json says so."""
+    record.science, record.digest = config.science, config.digest
+    record.save(root)
     folder = root / "checkpoints"
     for directory in checkpoint.committed(folder):
         checkpoint.discard(directory)
     (root / recovery.FILE).remove()
-    target = folder / fork.step
-    _link(source.directory.local, target.local, without=(MANIFEST, EVENTS))
-    (target / MANIFEST).write(_manifest(source, fork, config))
-    record.science, record.digest = config.science, config.digest
-    record.save(root)
+    (folder / made.name).remove()
+    made.move_to(folder / made.name)
 
 
 def _manifest(source: Manifest, fork: Fork, config: RunConfig) -> bytes:

@@ -21,7 +21,7 @@ from orchestrator.ray_cluster import Cluster, train_on_ray
 from orchestrator.result import Result
 from orchestrator.runs import RunRecord, lock, open_record, read_record, write_config
 from orchestrator.sweep.config import OBJECTIVES, Sweep, trial_config
-from orchestrator.sweep.fork import go_over, read_forks, write_trial
+from orchestrator.sweep.fork import go_over, prepare, read_forks, write_trial
 from orchestrator.sweep.table import GOING_ON
 
 TRIALS, CLOSING, STOPPING = "trials", "closing", "stopping"
@@ -150,10 +150,11 @@ class Work:
             fork = forks.pop()
             config, log = self._config(fork.point), EventLog(self.log_path)
             try:
-                go_over(self.root, fork, config, record)
+                made = prepare(self.root, fork, config)
             except (CheckpointError, OSError) as error:
                 log.append("note", text=f"cannot go on {fork}, goes on by itself: {error}")
             else:
+                go_over(self.root, made, config, record)
                 forks.append(replace(fork, done=True))
                 log.append("tags", tags={"forks": "; ".join(map(str, forks)), "point": json.dumps(fork.point)})
             log.close()
