@@ -23,8 +23,8 @@ def plan(config: RunConfig) -> Result:
     spec = describe(config.data)
     print(to_yaml(config))
     several, counts = _several(config)
-    name = several.get("name", config.name or "")
-    folder = planned_storage(replace(config, name=name))
+    folder = planned_storage(replace(config, name=several.get("name", config.name)))
+    name = str(several.get("name", config.name))
     rows = [*({"name": name, "folder": folder} | several).items(), ("data", spec.where)]
     metrics: dict[str, float] = {}
     if spec.image_shape is None or spec.n_classes is None:

@@ -67,6 +67,7 @@ OTHER = {
     "objective.energy_l2": "0.5",
     "workers": "3",
     "steps": "77",
+    "seeds": "3",
     "device": "cpu",
     "deterministic": "true",
     "storage_path": "/elsewhere",
