@@ -1,15 +1,15 @@
-"""How fast a training step is:  python benchmarks/step.py [--pairs 7] [--cases NAME ...] [--out FILE]
+"""How fast a training step is:  python benchmarks/step.py [--pairs 7] [--cases NAME ...] [--modes MODE ...]
 
-Pairs of steps, one after the other, with the same network, batch, K and images: the released code's step
-(paper_step.py) against ours, and ours against a plain classifier's. Ratios are medians over the pairs. Utilisation is
-arithmetic (24 K + ... see docs/performance.md) over what a matrix product of this machine reaches in that precision.
-Needs torch and jem/ alone.
+Ours against three others in alternating pairs, each in a process of its own: the released code's step (paper_step.py)
+and a plain classifier's, of the same network, batch, K and images, and a large matrix product in the same precision,
+which is what the hardware can do. Ratios are medians over the pairs. Needs torch and jem/ alone.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import statistics
 import sys
 import time
@@ -55,13 +55,22 @@ def wide(depth: int, width: int) -> dict[str, Any]:
 DIGITS = {"model.name": "small_conv", "model.channels": (16, 32, 64, 64), "model.activation": "silu"}
 
 CPU = {
+    "wrn-16-2, batch 32, K=20": Case((3, 32, 32), 32, 20, wide(16, 2)),
     "wrn-16-2, batch 32, K=10": Case((3, 32, 32), 32, 10, wide(16, 2)),
+    "wrn-16-2, batch 32, K=5": Case((3, 32, 32), 32, 5, wide(16, 2)),
     "digits, batch 64, K=20": Case((1, 8, 8), 64, 20, DIGITS),
     "digits, batch 64, K=10": Case((1, 8, 8), 64, 10, DIGITS),
 }
 GPU = {
     "wrn-28-10, batch 64, K=20": Case((3, 32, 32), 64, 20, wide(28, 10)),
+    "wrn-28-10, batch 64, K=10": Case((3, 32, 32), 64, 10, wide(28, 10)),
+    "wrn-28-10, batch 64, K=5": Case((3, 32, 32), 64, 5, wide(28, 10)),
     "wrn-28-10, batch 256, K=20": Case((3, 32, 32), 256, 20, wide(28, 10)),
+}
+MODES: dict[str, dict[str, Any]] = {
+    "bf16": {"precision": "bf16"},
+    "bf16, compiled": {"precision": "bf16", "compile": True},
+    "float32": {"precision": "float32"},
 }
 
 
@@ -84,45 +93,16 @@ def forward_flop(case: Case) -> float:
     return total
 
 
-def peak(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a large matrix product, the best of several."""
-    n = 8192 if device.type == "cuda" else 2048
-    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-    best = min(timed(lambda: a @ b, device) for _ in range(12))
-    return 2.0 * n**3 / best
-
-
-def timed(function: Callable[[], Any], device: torch.device) -> float:
+def timed(function: Callable[[], Any], device: torch.device, times: int = 1) -> float:
+    """Seconds a call takes."""
     if device.type == "cuda":
         torch.cuda.synchronize()
     begin = time.perf_counter()
-    function()
+    for _ in range(times):
+        function()
     if device.type == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - begin
-
-
-def pairs(one: Callable[[], Any], other: Callable[[], Any], n: int, device: torch.device, each: int) -> dict[str, Any]:
-    """Medians of both in seconds, and of their ratio pair by pair with its range. `each`: steps that make one time."""
-
-    def several(step: Callable[[], Any]) -> Callable[[], None]:
-        return lambda: [step() for _ in range(each)] and None
-
-    for function in (one, other):
-        for _ in range(2):
-            several(function)()
-    times = []
-    for i in range(n):
-        order = [one, other] if i % 2 == 0 else [other, one]
-        found = {id(f): timed(several(f), device) / each for f in order}
-        times.append((found[id(one)], found[id(other)]))
-    ratios = [a / b for a, b in times]
-    return {
-        "seconds": [round(statistics.median(column), 5) for column in zip(*times, strict=True)],
-        "ratio": round(statistics.median(ratios), 3),
-        "range": [round(min(ratios), 3), round(max(ratios), 3)],
-        "pairs": n,
-    }
+    return (time.perf_counter() - begin) / times
 
 
 def batch_of(case: Case, device: torch.device) -> Batch:
@@ -138,7 +118,11 @@ def ours(case: Case, device: torch.device, **changes: Any) -> Callable[[], Any]:
     return lambda: train_step(state, batch, config, World())
 
 
-def paper(case: Case, device: torch.device) -> Callable[[], Any]:
+def classifier(case: Case, device: torch.device, **changes: Any) -> Callable[[], Any]:
+    return ours(case, device, **changes, **{"objective.p_x_weight": 0.0})
+
+
+def paper(case: Case, device: torch.device, **_: Any) -> Callable[[], Any]:
     batch, config = batch_of(case, device), case.config()
     network = make_network(config.model, case.shape, 10).to(memory_format=torch.contiguous_format)
     step = PaperStep(network, case.shape, device, steps=case.steps, capacity=10 * case.batch)
@@ -147,50 +131,128 @@ def paper(case: Case, device: torch.device) -> Callable[[], Any]:
     return lambda: step.step(images, labels)
 
 
-def measure(case: Case, device: torch.device, n: int, precision: str, peaks: dict[str, float]) -> dict[str, Any]:
-    flop = forward_flop(case)
-    each = 1 if flop > 1e9 else 10
-    against_paper = pairs(paper(case, device), ours(case, device, precision=precision), n, device, each)
-    passes = 2 * case.steps + 6
-    seconds = against_paper["seconds"][1]
-    result = {
-        "precision": precision,
-        "forward_gflop": round(flop / 1e9, 3),
-        "against_paper": against_paper,
-        "passes": passes,
-        "utilisation": round(passes * flop / seconds / peaks[precision], 3),
+def product(_: Case, device: torch.device, precision: str, **__: Any) -> Callable[[], Any]:
+    """A large matrix product: what the hardware can do."""
+    n = side(device)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    return lambda: a @ b
+
+
+def side(device: torch.device) -> int:
+    return 8192 if device.type == "cuda" else 2048
+
+
+KINDS: dict[str, Callable[..., Callable[[], Any]]] = {
+    "ours": ours,
+    "classifier": classifier,
+    "paper": paper,
+    "product": product,
+}
+
+
+class Runner:
+    """A process of its own that holds one kind of step and times it when told: none lives on another's memory."""
+
+    def __init__(self, kind: str, case: Case, device: torch.device, settings: dict[str, Any]) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=serve, args=(theirs, kind, case, device, settings), daemon=True)
+        self.process.start()
+        theirs.close()
+
+    def seconds(self, times: int) -> float:
+        """What a step takes, over `times` of them."""
+        self.pipe.send(times)
+        return float(self.pipe.recv())
+
+    def close(self) -> None:
+        self.pipe.send(0)
+        self.process.join()
+
+
+def serve(pipe: Any, kind: str, case: Case, device: torch.device, settings: dict[str, Any]) -> None:
+    step = KINDS[kind](case, device, **settings)
+    while times := pipe.recv():
+        pipe.send(timed(step, device, times))
+
+
+def pairs(one: Runner, other: Runner, n: int, each: float) -> dict[str, Any]:
+    """Medians of both in seconds, and of their ratio pair by pair with its range. `each`: seconds that a time lasts."""
+    runners = (one, other)
+    for runner in runners:
+        runner.seconds(3)  # what is set up, or compiled, on first use
+    times = [max(1, round(each / runner.seconds(3))) for runner in runners]
+    rows = []
+    for i in range(n):
+        order = (0, 1) if i % 2 == 0 else (1, 0)
+        found = {k: runners[k].seconds(times[k]) for k in order}
+        rows.append((found[0], found[1]))
+    ratios = [a / b for a, b in rows]
+    return {
+        "seconds": [round(statistics.median(column), 5) for column in zip(*rows, strict=True)],
+        "ratio": round(statistics.median(ratios), 3),
+        "range": [round(min(ratios), 3), round(max(ratios), 3)],
+        "pairs": n,
     }
-    classifier = {"objective.p_x_weight": 0.0, "precision": precision}
-    against = pairs(ours(case, device, precision=precision), ours(case, device, **classifier), n, device, each)
-    return result | {"against_classifier": against | {"arithmetic": round(passes / 3, 2)}}
+
+
+def measure(case: Case, device: torch.device, n: int, mode: str, each: float) -> dict[str, Any]:
+    settings = MODES[mode]
+    flop, passes = forward_flop(case), 2 * case.steps + 6
+    step = Runner("ours", case, device, settings)
+
+    def against(kind: str) -> dict[str, Any]:
+        other = Runner(kind, case, device, settings)
+        try:
+            return pairs(other, step, n, each)
+        finally:
+            other.close()
+
+    peak = against("product")
+    work = passes * flop / (2.0 * side(device) ** 3)  # of a step, in products
+    peak |= {key: [round(work * x, 3) for x in peak[key]] for key in ("range",)} | {
+        "ratio": round(work * peak["ratio"], 3)
+    }
+    found = {
+        "precision": settings["precision"],
+        "forward_gflop": round(flop / 1e9, 3),
+        "passes": passes,
+        "against_product": peak,
+        "against_paper": against("paper"),
+        "against_classifier": against("classifier"),
+    }
+    step.close()
+    theirs = found["against_classifier"]
+    inverse = {"ratio": round(1 / theirs["ratio"], 2), "range": [round(1 / x, 2) for x in reversed(theirs["range"])]}
+    found["against_classifier"] = theirs | inverse | {"arithmetic": round(passes / 3, 2)}
+    return found
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=7)
+    parser.add_argument("--seconds", type=float, default=0.6, help="that each time lasts, or a step")
     parser.add_argument("--cases", nargs="*", help="names, of those of the device")
-    parser.add_argument("--precision", nargs="*", default=["bf16", "float32"])
+    parser.add_argument("--modes", nargs="*", choices=list(MODES), default=list(MODES))
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     cases = GPU if device.type == "cuda" else CPU
-    dtypes = {"bf16": torch.bfloat16, "float32": torch.float32}
-    peaks = {name: peak(device, dtypes[name]) for name in arguments.precision}
     result: dict[str, Any] = {
         "command": " ".join(["python benchmarks/step.py", *sys.argv[1:]]),
         "hardware": machine(),
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
-        "peak_gflops": {name: round(found / 1e9) for name, found in peaks.items()},
         "cases": {},
     }
     for name in arguments.cases or cases:
         result["cases"][name] = {}
-        for precision in arguments.precision:
-            found = measure(cases[name], device, arguments.pairs, precision, peaks)
-            result["cases"][name][precision] = found
-            print(f"{name}, {precision}: {json.dumps(found)}", flush=True)
+        for mode in arguments.modes:
+            found = measure(cases[name], device, arguments.pairs, mode, arguments.seconds)
+            result["cases"][name][mode] = found
+            print(f"{name}, {mode}: {json.dumps(found)}", flush=True)
     if arguments.out:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         arguments.out.write_text(json.dumps(result, indent=1) + "\n")

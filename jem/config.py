@@ -173,6 +173,9 @@ class JEMConfig(Settings):
         choices=("float32", "bf16", "float64"),
         doc="of the network (float32 on CUDA: TF32 convolutions, as PyTorch ships it); chains stay in float32",
     )
+    compile: bool = setting(
+        False, doc="compile the chains' gradient: pays for large networks; needs a C++ compiler, else it is not done"
+    )
     init_from: str | None = setting(
         None, doc="start from a checkpoint, a registered model (models:/NAME@ALIAS) or a state_dict (.safetensors, .pt)"
     )
@@ -198,7 +201,7 @@ class JEMConfig(Settings):
 
 
 SCIENCE = (
-    *("seed", "batch_size", "precision", "init_from"),
+    *("seed", "batch_size", "precision", "compile", "init_from"),
     *("model", "data", "optimizer", "sgld", "replay", "objective"),
 )
 """The fields that name a run: all of `JEMConfig`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -11,6 +12,9 @@ from torch import Tensor
 from jem.config import SGLDConfig
 from jem.energy import EnergyFn
 
+Differentiate = Callable[[EnergyFn, Tensor], tuple[Tensor, Tensor]]
+"""An energy and positions [n, *d] to their energies [n] and the gradient of each at its position [n, *d]."""
+
 
 class Transition(NamedTuple):
     """What a step of n chains saw. `energy` [n] and `grad_norm` [n] belong to the position it started from."""
@@ -19,8 +23,21 @@ class Transition(NamedTuple):
     grad_norm: Tensor
 
 
+def differentiate(energy_fn: EnergyFn, x: Float[Tensor, "n ..."]) -> tuple[Float[Tensor, " n"], Float[Tensor, "n ..."]]:
+    """Energies and their gradients, by autograd. The weights' gradients are neither computed nor touched."""
+    with torch.enable_grad():
+        position = x.detach().requires_grad_(True)
+        energy = energy_fn(position)
+        (gradient,) = torch.autograd.grad(energy.sum(), position)
+    return energy.detach(), gradient
+
+
 def sgld_step(
-    energy_fn: EnergyFn, x: Float[Tensor, "n ..."], config: SGLDConfig, generator: torch.Generator
+    energy_fn: EnergyFn,
+    x: Float[Tensor, "n ..."],
+    config: SGLDConfig,
+    generator: torch.Generator,
+    differentiate: Differentiate = differentiate,
 ) -> tuple[Float[Tensor, "n ..."], Transition]:
     """Advance n independent chains by one step; `x` is left as it was.
 
@@ -33,10 +50,7 @@ def sgld_step(
     `config.clamp` = c the new positions are moved back into [-c, c]: together, proximal SGLD (Yang & Ji,
     JEM++, 2021, who set both to 1 and noise_scale to 0). `grad_norm` is of the gradient before.
     """
-    with torch.enable_grad():
-        position = x.detach().requires_grad_(True)
-        energy = energy_fn(position)
-        (gradient,) = torch.autograd.grad(energy.sum(), position)
+    energy, gradient = differentiate(energy_fn, x)
     noise = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
     downhill = gradient
     if config.gradient_clamp is not None:
@@ -44,13 +58,17 @@ def sgld_step(
     moved = x - config.step_size * downhill + config.noise_scale * noise
     if config.clamp is not None:
         moved = moved.clamp(-config.clamp, config.clamp)
-    return moved, Transition(energy.detach(), gradient.flatten(1).norm(dim=1))
+    return moved, Transition(energy, gradient.flatten(1).norm(dim=1))
 
 
 def sgld_chain(
-    energy_fn: EnergyFn, x: Float[Tensor, "n ..."], config: SGLDConfig, generator: torch.Generator
+    energy_fn: EnergyFn,
+    x: Float[Tensor, "n ..."],
+    config: SGLDConfig,
+    generator: torch.Generator,
+    differentiate: Differentiate = differentiate,
 ) -> tuple[Float[Tensor, "n ..."], Transition]:
     """Advance n chains by `config.steps` steps; also what the last of them saw."""
     for _ in range(config.steps):
-        x, transition = sgld_step(energy_fn, x, config, generator)
+        x, transition = sgld_step(energy_fn, x, config, generator, differentiate)
     return x, transition

@@ -11,15 +11,17 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from jem.compiled import Compiled
 from jem.config import JEMConfig
 from jem.data.batches import Batch
 from jem.energy import Logits, energy_fn
 from jem.models import ImageShape, initialize_act_norm, make_network
 from jem.objective import Counts, Loss, jem_loss
 from jem.optim import BufferGuard, averaged_copy, guarded_update, learning_rate, make_optimizer, update_average
+from jem.pages import keep_freed_pages
 from jem.randomness import derive_seed, generator
 from jem.replay import ReplayBuffer
-from jem.sgld import Transition, sgld_chain
+from jem.sgld import Differentiate, Transition, differentiate, sgld_chain
 from jem.world import World
 
 ALONE = World()
@@ -36,6 +38,7 @@ class TrainState:
     generator: torch.Generator  # of this rank's chains
     step: int = 0  # optimiser steps done
     world_epoch: int = 0  # how often the number of workers or the kind of device changed
+    differentiate: Differentiate = differentiate  # how, not what: in no checkpoint
 
 
 class StepInfo(NamedTuple):
@@ -80,6 +83,7 @@ def start(
     device: torch.device | str = "cpu",
 ) -> TrainState:
     """A state at step 0; weights are the same on every rank, chains are each rank's own."""
+    keep_freed_pages()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(config.seed, "weights"))
         network = make_network(config.model, shape, n_classes).to(device, dtype_of(config))
@@ -89,7 +93,9 @@ def start(
     if config.objective.samples_needed:
         replay = ReplayBuffer.start(config.replay, shape, n_classes, world, chain_generator)
         replay.chains = replay.chains.to(dtype_of(config))
-    return TrainState(network, average, make_optimizer(network, config.optimizer), replay, chain_generator)
+    optimizer = make_optimizer(network, config.optimizer)
+    how = Compiled() if config.compile else differentiate
+    return TrainState(network, average, optimizer, replay, chain_generator, differentiate=how)
 
 
 def prepare_first_step(state: TrainState, images: Float[Tensor, "n c h w"]) -> None:
@@ -185,7 +191,7 @@ def sample(state: TrainState, config: JEMConfig, like: Float[Tensor, "n c h w"],
     state.network.eval()
     with autocast(config, like.device):
         energy = energy_fn(state.network, drawn.labels if config.sgld.conditional else None)
-        images, transition = sgld_chain(energy, drawn.x, config.sgld, state.generator)
+        images, transition = sgld_chain(energy, drawn.x, config.sgld, state.generator, state.differentiate)
     lost = state.replay.write(drawn.slots, images)
     shares = *_shares(transition, drawn.restarted, n_global), *looks(images, like, config, n_global)
     return Samples(images, drawn.labels, *shares, lost.to(like.dtype))

@@ -13,7 +13,7 @@ from jem.settings import flatten
 from orchestrator.config import RunConfig, bundled_recipes, from_flat, load_run_config, to_yaml
 
 SCIENCE = (
-    *("seed", "batch_size", "precision", "init_from"),
+    *("seed", "batch_size", "precision", "compile", "init_from"),
     *("model", "data", "optimizer", "sgld", "replay", "objective"),
 )
 FAMILIES = ("digits", "mnist5k", "fashion_mnist", "cifar10", "cifar100", "svhn")
@@ -22,6 +22,7 @@ OTHER = {
     "seed": "1",
     "batch_size": "63",
     "precision": "bf16",
+    "compile": "true",
     "init_from": "/a.pt",
     "model.name": "mine:net",
     "model.depth": "22",

@@ -41,6 +41,7 @@ KINDS = {
     "class-conditional": ("sgld.conditional=true", "objective.p_x_y_weight=1", "objective.p_x_weight=0"),
     "semi-supervised": ("data.labels_per_class=3", "data.labelled_batch_size=5", "data.crop_padding=1"),
     "classifier": ("objective.p_x_weight=0",),
+    "bf16": ("precision=bf16",),
     "a network of one's own with dropout": ("model.options.drop=0.5",),
 }
 
