@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
-from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from jem.errors import DivergedError
@@ -24,6 +23,8 @@ def auroc(inside: Float[Tensor, " n"], outside: Float[Tensor, " m"]) -> float:
 
     Raises DivergedError if a score is not finite.
     """
+    from sklearn.metrics import roc_auc_score  # it takes as long as torch to import: here no start waits for it
+
     scores = checked(inside, outside)
     positive = torch.cat([torch.ones(len(inside)), torch.zeros(len(outside))])
     return float(roc_auc_score(positive.numpy(), scores.numpy()))
