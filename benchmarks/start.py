@@ -32,7 +32,7 @@ def once(workers: int) -> dict[str, float]:
         end = time.time()
         (log,) = Path(folder).glob("*/events.jsonl")
         events = [json.loads(line) for line in log.read_text().splitlines()]
-    trained = {e["step"]: e["time"] for e in events if e["kind"] == "metrics" and "train/loss" in e["metrics"]}
+    trained = {e["step"]: e["time"] / 1000 for e in events if e["kind"] == "metrics" and "train/loss" in e["metrics"]}
     return {"first_step_s": trained[1] - begin, "end_s": end - trained[STEPS]}
 
 
