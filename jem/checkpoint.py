@@ -7,7 +7,7 @@ that is read executes: tensors are safetensors, the rest is JSON.
     STEP/manifest.json                     the commit
     STEP/model.safetensors                 weights; ema.safetensors, best.safetensors where there are such
     STEP/optimizer.safetensors             moments and step counts, by parameter name
-    STEP/chains-RANK-of-SIZE.safetensors   a rank's shard of the replay buffer
+    STEP/chains-RANK-of-SIZE.safetensors   a rank's shard of the replay buffer, and the bound of uint8 levels
     STEP/rank-RANK-of-SIZE.safetensors     its generator, and sums of metrics not yet reported
     STEP/events.jsonl                      the run's log since the checkpoint before
 """
@@ -28,6 +28,7 @@ from jem.errors import CheckpointError
 from jem.files import Location
 from jem.optim import load_optimizer_tensors
 from jem.randomness import generator
+from jem.replay import Stored
 from jem.train import TrainState
 from jem.world import World
 
@@ -140,7 +141,8 @@ def restore(manifest: Manifest, state: TrainState, world: World, seed: int) -> d
         load_weights(state.average, manifest.tensors("ema.safetensors"), manifest.directory.uri)
     state.step, state.world_epoch = manifest.step, manifest.world_epoch
     if state.replay is not None:
-        state.replay.chains = read_chains(manifest, world, state.replay.config.capacity).to(state.replay.chains)
+        anew = generator(state.generator.device, seed, "chains stored anew", world.rank, world.size, manifest.step)
+        state.replay.take_over(read_chains(manifest, world, state.replay.config.capacity), anew)
     if (manifest.world_size, manifest.device) == (world.size, state.generator.device.type):
         sums = manifest.tensors(rank_file(world.rank, world.size))
         state.generator.set_state(sums.pop("generator"))
@@ -158,21 +160,24 @@ def restore(manifest: Manifest, state: TrainState, world: World, seed: int) -> d
     }
 
 
-def read_chains(manifest: Manifest, world: World, capacity: int) -> Tensor:
-    """This rank's rows of the whole replay buffer [shard, c, h, w], read from the shards that hold them."""
+def read_chains(manifest: Manifest, world: World, capacity: int) -> Stored:
+    """This rank's rows of the whole replay buffer [shard, c, h, w], as they are stored in the shards that hold them."""
     rows = world.share(capacity)
     pieces = []
+    bound: float | None = None
     for rank in range(manifest.world_size):
         held = World(rank, manifest.world_size).share(capacity)
         begin, end = max(rows.start, held.start), min(rows.stop, held.stop)
         if begin < end:
             name = chains_file(rank, manifest.world_size)
-            shard = manifest.tensors(name)["chains"]
+            tensors = manifest.tensors(name)
+            shard = tensors["chains"]
+            bound = tensors["bound"].item() if "bound" in tensors else None
             if len(shard) != held.stop - held.start:
                 found = f"{manifest.directory.uri}/{name}: holds {len(shard)} chains"
                 raise CheckpointError(f"{found}, replay.capacity={capacity} makes it {held.stop - held.start}")
             pieces.append(shard[begin - held.start : end - held.start])
-    return torch.cat(pieces)
+    return Stored(torch.cat(pieces), bound)
 
 
 def load_weights(network: torch.nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:

@@ -122,6 +122,12 @@ class ReplayConfig(Settings):
     capacity: int = setting(10_000, ge=1, doc="chains over all workers")
     reinit_prob: float = setting(0.05, ge=0, le=1, doc="chance that a drawn chain restarts from the prior")
     prior: str = setting("uniform", choices=("uniform",), doc="where chains start: uniform on [-1, 1]")
+    dtype: str = setting(
+        "float32",
+        choices=("float32", "float16", "uint8"),
+        doc="how chains are stored: as they move, or in half or a quarter of the bytes; uint8: 256 levels within "
+        "+- sgld.clamp, rounded at random so that none drifts",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,6 +198,12 @@ class JEMConfig(Settings):
                 "replay.capacity",
                 f"is {self.replay.capacity}, must be at least batch_size ({self.batch_size}): "
                 "a step draws that many distinct chains",
+            )
+        if self.objective.samples_needed and self.replay.dtype == "uint8" and self.sgld.clamp is None:
+            yield (
+                "replay.dtype",
+                "is uint8, whose levels lie within +- sgld.clamp, and chains without a clamp have no range: "
+                "set sgld.clamp=1, or take replay.dtype=float16",
             )
         if self.objective.p_x_y_weight > 0 and not self.sgld.conditional:
             yield (

@@ -234,7 +234,7 @@ def _parts(
     parts: dict[str, Mapping[str, Tensor]] = {}
     parts[rank_file(world.rank, world.size)] = {**sums, "generator": state.generator.get_state()}
     if state.replay is not None:
-        parts[chains_file(world.rank, world.size)] = {"chains": state.replay.chains}
+        parts[chains_file(world.rank, world.size)] = state.replay.tensors()
     if world.rank > 0:
         return parts
     parts["model.safetensors"] = state.network.state_dict()

@@ -91,8 +91,9 @@ def start(
     chain_generator = generator(device, config.seed, "chains", world.rank, world.size, 0)
     replay = None
     if config.objective.samples_needed:
-        replay = ReplayBuffer.start(config.replay, shape, n_classes, world, chain_generator)
-        replay.chains = replay.chains.to(dtype_of(config))
+        replay = ReplayBuffer.start(
+            config.replay, shape, n_classes, world, chain_generator, dtype_of(config), config.sgld.clamp
+        )
     optimizer = make_optimizer(network, config.optimizer)
     how = Compiled() if config.compile else differentiate
     return TrainState(network, average, optimizer, replay, chain_generator, differentiate=how)
@@ -192,7 +193,7 @@ def sample(state: TrainState, config: JEMConfig, like: Float[Tensor, "n c h w"],
     with autocast(config, like.device):
         energy = energy_fn(state.network, drawn.labels if config.sgld.conditional else None)
         images, transition = sgld_chain(energy, drawn.x, config.sgld, state.generator, state.differentiate)
-    lost = state.replay.write(drawn.slots, images)
+    lost = state.replay.write(drawn.slots, images, state.generator)
     shares = *_shares(transition, drawn.restarted, n_global), *looks(images, like, config, n_global)
     return Samples(images, drawn.labels, *shares, lost.to(like.dtype))
 

@@ -32,7 +32,7 @@ def initialize_from(source: str, state: TrainState, world: World) -> None:
         weights = manifest.tensors(f"{manifest.info['final']}.safetensors")
         if state.replay is not None and _same_chains(manifest, state):
             capacity = state.replay.config.capacity
-            state.replay.chains = checkpoint.read_chains(manifest, world, capacity).to(state.replay.chains)
+            state.replay.take_over(checkpoint.read_chains(manifest, world, capacity), state.generator)
     else:
         weights = read_state_dict(location)
     try:

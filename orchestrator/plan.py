@@ -55,6 +55,7 @@ def _network(config: RunConfig, spec: DataSpec) -> tuple[list[tuple[str, str]], 
     forward, activations = forward_cost(network, spec.image_shape)
     parameters = sum(p.numel() for p in network.parameters())
     width = torch.finfo(dtype_of(config)).bits // 8
+    stored = {"float32": width, "float16": 2, "uint8": 1}[config.replay.dtype]
     copies = 2 + (2 if config.optimizer.name == "adam" else 1) + (config.optimizer.ema_decay > 0)
     samples = config.objective.samples_needed
     workers = config.min_workers  # the fewer they are, the more each of them holds
@@ -68,7 +69,7 @@ def _network(config: RunConfig, spec: DataSpec) -> tuple[list[tuple[str, str]], 
         "flop_per_step": float(forward * passes(config) * config.batch_size),
         "times_a_classifier": passes(config) / passes_of_classifier(config),
         "weights_bytes": float(parameters * width * copies),
-        "replay_bytes_per_worker": float(chains * pixels * width),
+        "replay_bytes_per_worker": float(chains * pixels * stored),
         "activations_bytes_per_worker": float(activations * width * share * (1 + samples)),
         "data_bytes_per_worker": float(images * pixels),
     }

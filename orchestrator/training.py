@@ -326,7 +326,7 @@ class Training:
         replay = self.state.replay
         if replay is None or self.world.rank > 0:
             return
-        chains = replay.chains[:POOL]
+        chains = replay.positions(slice(POOL))
         if self.data.n_classes <= 10:
             slots = torch.arange(len(chains), device=self.device)
             logits = self.logits(self.state.network)

@@ -49,7 +49,7 @@ def state_at(run, step):
 
 def chains_kept(run, before, after):
     """How many chains of a checkpoint are in a later one bit by bit, at the same place."""
-    one, other = (checkpoint.read_chains(manifest_at(run, step), World(), CHAINS) for step in (before, after))
+    one, other = (checkpoint.read_chains(manifest_at(run, step), World(), CHAINS).chains for step in (before, after))
     return int((one == other).flatten(1).all(dim=1).sum())
 
 

@@ -368,7 +368,7 @@ def test_real_workers_in_other_numbers_take_the_chains_over_and_train_on(tmp_pat
     for size, step, before in ((3, 4, 1), (2, 8, 3)):
         kept = read_manifest(Location.of(folder) / "checkpoints" / step)
         assert kept.world_size == before
-        assert torch.equal(torch.cat([chains for chains, _, _ in told[size]]), read_chains(kept, World(), 25))
+        assert torch.equal(torch.cat([chains for chains, _, _ in told[size]]), read_chains(kept, World(), 25).chains)
     for size, step in ((1, 4), (3, 8), (2, 12)):
         assert [(outcome["status"], outcome["step"]) for _, outcome, _ in told[size]] == [("finished", step)] * size
         assert {wrote for _, _, wrote in told[size]} == {size}
@@ -377,5 +377,5 @@ def test_real_workers_in_other_numbers_take_the_chains_over_and_train_on(tmp_pat
     assert "3 workers wrote it, 2 go on" in log_of(folder, "attempt")[-1]["why"]
     last, first = (read_manifest(Location.of(folder) / "checkpoints" / step) for step in (12, 4))
     assert last.world_epoch == 2
-    assert not torch.equal(read_chains(last, World(), 25), read_chains(first, World(), 25))
+    assert not torch.equal(read_chains(last, World(), 25).chains, read_chains(first, World(), 25).chains)
     assert {step for key, step in trace(folder) if key == "train/loss"} >= {3, 6, 9, 12}

@@ -15,6 +15,7 @@ from jem.files import Location
 from jem.meter import Meter
 from jem.optim import optimizer_tensors
 from jem.saving import save
+from jem.settings import override
 from jem.train import start, train
 from jem.world import World
 
@@ -91,6 +92,40 @@ def test_a_restored_run_goes_on_bit_for_bit_as_one_never_stopped(root, name, at)
     assert same(everything(other), everything(straight))
     assert torch.equal(resumed.sums, meter.sums)
     assert not torch.equal(everything(other)["chains"], at_save["chains"])
+
+
+@pytest.mark.parametrize("dtype", ["float16", "uint8"])
+def test_chains_in_fewer_bytes_go_on_bit_for_bit_and_are_sliced_as_they_are_stored(root, dtype):
+    config = override(CONFIG, {"replay.dtype": dtype, "sgld.clamp": 1.0})
+    straight = begin(config)
+    go_on(straight, 3, config)
+    save(root / 3, straight, World(), {}, {})
+    held = straight.replay.chains.clone()
+    assert held.dtype == (torch.float16 if dtype == "float16" else torch.uint8)
+    go_on(straight, 6, config)
+    other = begin(config)
+    manifest = read_manifest(root / 3)
+    restore(manifest, other, World(), seed=0)
+    assert torch.equal(other.replay.chains, held)
+    go_on(other, 6, config)
+    assert same(everything(other), everything(straight))
+    shards = [begin(config, World(rank, 3)) for rank in range(3)]
+    for rank, shard in enumerate(shards):
+        restore(manifest, shard, World(rank, 3), seed=0)
+    assert torch.equal(torch.cat([shard.replay.chains for shard in shards]), held)
+
+
+def test_levels_of_another_clamp_or_storage_are_restored_as_the_same_positions(root):
+    config = override(CONFIG, {"replay.dtype": "uint8", "sgld.clamp": 1.0})
+    state = begin(config)
+    save(root / 0, state, World(), {}, {})
+    for changes, apart in (({"sgld.clamp": 1.5}, 3 / 255), ({"replay.dtype": "float32"}, 0)):
+        twins = [begin(override(config, changes)) for _ in range(2)]
+        for twin in twins:
+            restore(read_manifest(root / 0), twin, World(), seed=0)
+        assert (twins[0].replay.positions() - state.replay.positions()).abs().max() <= apart + 1e-6
+        assert same(everything(twins[0]), everything(twins[1]))
+        assert torch.equal(twins[0].generator.get_state(), state.generator.get_state())
 
 
 def wrap(state):

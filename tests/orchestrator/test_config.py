@@ -62,6 +62,7 @@ OTHER = {
     "replay.capacity": "777",
     "replay.reinit_prob": "0.1",
     "replay.prior": None,  # there is only one
+    "replay.dtype": "float16",
     "objective.p_y_given_x_weight": "2",
     "objective.p_x_weight": "2",
     "objective.p_x_y_weight": "1",

@@ -31,7 +31,7 @@ def equal(one, other):
 
 
 def chains_of(folder, capacity=24):
-    return checkpoint.read_chains(newest(folder), World(), capacity)
+    return checkpoint.read_chains(newest(folder), World(), capacity).chains
 
 
 def test_a_checkpoint_gives_its_weights_and_its_chains(tmp_path):

@@ -59,6 +59,12 @@ def test_the_papers_network_costs_what_is_known_of_it():
     assert result.metrics["times_a_classifier"] == pytest.approx(46 / 3)
 
 
+@pytest.mark.parametrize(("dtype", "width"), [("float32", 4), ("float16", 2), ("uint8", 1)])
+def test_chains_take_the_bytes_of_their_storage(dtype, width):
+    result = plan(config(*NET, "workers=3", f"replay.dtype={dtype}", "sgld.clamp=1"))
+    assert result.metrics["replay_bytes_per_worker"] == 34 * 64 * width
+
+
 def test_a_classifier_keeps_no_chains(capsys):
     result = plan(config(recipe="digits_classifier"))
     assert result.metrics["replay_bytes_per_worker"] == 0

@@ -220,7 +220,7 @@ def test_a_picture_of_conditional_chains_has_a_row_for_each_class(tmp_path, monk
     monkeypatch.setattr("orchestrator.training.grid_png", lambda images, **_: seen.append(images) or b"")
     settings = ("sgld.conditional=true", "replay.capacity=100", "tracking.images_every=12")
     fit(tmp_path, *settings)
-    chains = checkpoint.read_chains(newest(tmp_path), prepared(tmp_path, *settings).world, 100)
+    chains = checkpoint.read_chains(newest(tmp_path), prepared(tmp_path, *settings).world, 100).chains
     grid = seen[0].unflatten(0, (10, 10))
     for label in range(10):
         assert torch.equal(grid[label], chains[label::10])
@@ -433,7 +433,7 @@ def test_two_ranks_that_start_from_a_checkpoint_take_its_weights_and_share_its_c
     best = manifest.tensors("best.safetensors")
     assert best.keys() == weights_0.keys() == weights_1.keys()
     assert all(torch.equal(weights_0[k], v) and torch.equal(weights_1[k], v) for k, v in best.items())
-    assert torch.equal(torch.cat([chains_0, chains_1]), checkpoint.read_chains(manifest, World(), 25))
+    assert torch.equal(torch.cat([chains_0, chains_1]), checkpoint.read_chains(manifest, World(), 25).chains)
 
 
 def test_ranks_stop_at_the_same_step_though_only_rank_0_sees_the_request(two_ranks):
