@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import claims
+import speed_tables as speed
 
 from jem.errors import ConfigError
 from jem.files import Location
@@ -29,6 +30,7 @@ from orchestrator.sweep.table import BESIDE, Row
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path("docs/results")
+SPEED = "../../benchmarks/results"
 
 BEGIN = re.compile(r"<!--\s*results:\s*(.*?)\s*-->")
 END = "<!-- end results -->"
@@ -200,33 +202,13 @@ def first_use(used: Path, trained: Path) -> str:
     return table(("", "measured"), rows)
 
 
-def steps(path: Path) -> str:
-    """Our step beside the released code's and a plain classifier's."""
-    measured = _json(path)
-    head = (
-        "network, batch, K",
-        "precision",
-        "released code's step",
-        "ours",
-        "times as fast",
-        "of the matrix product's rate",
-        "classifiers' steps it costs",
-        "by arithmetic",
-    )
-    lines = []
-    for name, precisions in measured["cases"].items():
-        for precision, found in precisions.items():
-            paper, plain = found["against_paper"], found["against_classifier"]
-            seconds = [f"{1000 * each:.0f} ms" if each >= 0.1 else f"{1000 * each:.1f} ms" for each in paper["seconds"]]
-            low, high = paper["range"]
-            ratio = f"{paper['ratio']:.2f} ({low:.2f} to {high:.2f})"
-            used, cost = f"{found['utilisation']:.0%}", f"{plain['ratio']:.1f}"
-            lines.append([name, precision, *seconds, ratio, used, cost, f"{plain['arithmetic']:.1f}"])
-    return table(head, lines)
-
-
 TABLES = {
-    "step-cpu": Table(("../../benchmarks/results/step_cpu.json",), steps),
+    "step-cpu": Table((f"{SPEED}/step_cpu.json",), speed.steps),
+    "orchestration": Table((f"{SPEED}/orchestration.json",), speed.orchestration),
+    "scaling": Table((f"{SPEED}/scaling.json",), speed.scaling),
+    "start": Table((f"{SPEED}/start.json",), speed.start),
+    "memory-cpu": Table((f"{SPEED}/memory_cpu.json",), speed.memory),
+    "numerics": Table((f"{SPEED}/numerics.json",), speed.numerics),
     "first-use": Table(("first_use.json", "digits.json"), first_use),
     "claims": Table(tuple(f"claims_{recipe}.json" for recipe in RECIPES), overview),
     "claims-digits": Table(("claims_digits.json",), partial(of_claims, ["mnist5k"])),

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from jem.compiled import Compiled
 from jem.config import JEMConfig
@@ -106,6 +107,22 @@ def prepare_first_step(state: TrainState, images: Float[Tensor, "n c h w"]) -> N
         state.average.load_state_dict(state.network.state_dict())
 
 
+def data_parallel(network: nn.Module, images: Float[Tensor, "n c h w"], world: World) -> nn.Module | None:
+    """The network in DistributedDataParallel where there are several ranks. Buffers are averaged by the step.
+
+    It lays out its buckets anew after the first backward pass, and the layout is the order in which gradients
+    are summed. That pass is spent here, on zeros like `images`: a run that goes on sums as one never stopped.
+    """
+    if world.size == 1:
+        return None
+    devices = [images.device.index] if images.device.type == "cuda" else None
+    wrapped = DistributedDataParallel(network, devices, broadcast_buffers=False, gradient_as_bucket_view=True)
+    network.eval()
+    wrapped(torch.zeros_like(images[:1])).sum().backward()
+    network.zero_grad()
+    return wrapped
+
+
 def train(
     state: TrainState,
     batch_at: Callable[[int], Batch],
@@ -116,8 +133,8 @@ def train(
 ) -> Iterator[StepInfo]:
     """Train `state` until `steps` optimiser steps are done, yielding what each saw.
 
-    `batch_at(step)` gives this rank's part of that step's batch. `wrapped` is `state.network` in
-    DistributedDataParallel where there are several workers.
+    `batch_at(step)` gives this rank's part of that step's batch. `wrapped` is what `data_parallel` made of
+    `state.network`.
     """
     while state.step < steps:
         # what a network of the user's own draws (dropout) is a function of the step, too: there is nothing to save

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from jem import checkpoint
 from jem.checkpoint import Manifest
@@ -30,7 +29,7 @@ from jem.meter import Meter, named
 from jem.randomness import generator
 from jem.saving import Saved
 from jem.settings import flatten
-from jem.train import StepInfo, TrainState, dtype_of, frozen_logits, train
+from jem.train import StepInfo, TrainState, data_parallel, dtype_of, frozen_logits, train
 from jem.world import World
 from orchestrator import events
 from orchestrator.agreement import on_rank_0, together
@@ -437,22 +436,6 @@ class Training:
             network = copy.deepcopy(network)
             network.load_state_dict(self.best["weights"])
         return network
-
-
-def data_parallel(network: nn.Module, images: Tensor, world: World) -> nn.Module | None:
-    """The network in DistributedDataParallel where there are several ranks. Buffers are averaged by the step.
-
-    It lays out its buckets anew after the first backward pass, and the layout is the order in which gradients
-    are summed. That pass is spent here, on zeros like `images`: a run that goes on sums as one never stopped.
-    """
-    if world.size == 1:
-        return None
-    devices = [images.device.index] if images.device.type == "cuda" else None
-    wrapped = DistributedDataParallel(network, devices, broadcast_buffers=False, gradient_as_bucket_view=True)
-    network.eval()
-    wrapped(torch.zeros_like(images[:1])).sum().backward()
-    network.zero_grad()
-    return wrapped
 
 
 def _better(one: dict[str, Any], other: dict[str, Any]) -> bool:
