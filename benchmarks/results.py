@@ -207,6 +207,7 @@ TABLES = {
     "orchestration": Table((f"{SPEED}/orchestration.json",), speed.orchestration),
     "scaling": Table((f"{SPEED}/scaling.json",), speed.scaling),
     "start": Table((f"{SPEED}/start.json",), speed.start),
+    "evaluation-speed": Table((f"{SPEED}/evaluation_cpu.json",), speed.evaluation),
     "memory-cpu": Table((f"{SPEED}/memory_cpu.json",), speed.memory),
     "numerics": Table((f"{SPEED}/numerics.json",), speed.numerics),
     "first-use": Table(("first_use.json", "digits.json"), first_use),

@@ -64,6 +64,18 @@ def _two(found: dict[str, Any]) -> list[dict[str, Any]]:
     return [found["first_step_s"], found["end_s"]]
 
 
+def evaluation(path: Path) -> str:
+    """FLOP a second of an evaluation over those of training."""
+    rows = []
+    for name, found in _json(path)["suites"].items():
+        low, high = found["range"]
+        ratio = f"{found['ratio']:.0%} ({low:.0%} to {high:.0%})"
+        cells = f"{found['images']:,}", f"{found['gflop']:,}", f"{found['seconds']:.1f} s"
+        rows.append([f"`evaluate.suite={name}`", *cells, f"{found['of_the_network']:.0%}", ratio])
+    head = ("suite", "images a split", "GFLOP", "time", "of it in the network", "FLOP/s, of training's")
+    return table(head, rows)
+
+
 def memory(path: Path) -> str:
     """The sampling phase's peak above what was held before, by K, and the bytes of a buffer by its storage."""
     measured = _json(path)
