@@ -1,9 +1,10 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+BENCH_DATA := .bench-data
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help demo ui test faults sweeps soak results install check clean
+.PHONY: help demo ui test faults sweeps soak bench results install check clean
 
 help:
 	@echo "make demo    install, train digits with 2 Ray Train workers, show what came of it"
@@ -12,6 +13,7 @@ help:
 	@echo "make faults  real faults: processes killed and stopped, nodes lost, full disks, damaged files, MLflow away"
 	@echo "make sweeps  sweeps on a real Ray: crashes, divergence, a killed driver, trials of several workers"
 	@echo "make soak    20 kills at random times, the same final bits each time (half an hour)"
+	@echo "make bench   how fast everything is, on an idle machine (an hour; 11 GB of disk for a while)"
 	@echo "make results the tables of README and docs, from the runs' figures in docs/results"
 	@echo "make check   ruff, types, import contracts"
 	@echo "make clean   remove the environment; runs stay"
@@ -51,6 +53,19 @@ sweeps: $(VENV)/installed-dev
 
 soak: install
 	$(BIN)/python benchmarks/soak.py --out docs/results/soak.json
+
+bench: KIND = $(shell $(BIN)/python -c "import torch; print('cuda' if torch.cuda.is_available() else 'cpu')")
+bench: install
+	$(BIN)/python benchmarks/step.py --out benchmarks/results/step_$(KIND).json
+	$(BIN)/python benchmarks/scaling.py --out benchmarks/results/scaling.json
+	$(BIN)/python benchmarks/evaluation.py --out benchmarks/results/evaluation_$(KIND).json
+	$(BIN)/python benchmarks/memory.py --out benchmarks/results/memory_$(KIND).json
+	$(BIN)/python benchmarks/start.py --out benchmarks/results/start.json
+	$(BIN)/python benchmarks/stream.py --folder $(BENCH_DATA) --out benchmarks/results/stream.json
+	rm -r $(BENCH_DATA)
+	$(BIN)/python benchmarks/orchestration.py --out benchmarks/results/orchestration.json
+	rm -f benchmarks/results/numerics.json
+	$(BIN)/python benchmarks/numerics.py --out benchmarks/results/numerics.json
 
 results: install
 	$(BIN)/python benchmarks/results.py

@@ -204,12 +204,10 @@ def first_use(used: Path, trained: Path) -> str:
 
 TABLES = {
     "step-cpu": Table((f"{SPEED}/step_cpu.json",), speed.steps),
-    "orchestration": Table((f"{SPEED}/orchestration.json",), speed.orchestration),
     "scaling": Table((f"{SPEED}/scaling.json",), speed.scaling),
     "start": Table((f"{SPEED}/start.json",), speed.start),
     "evaluation-speed": Table((f"{SPEED}/evaluation_cpu.json",), speed.evaluation),
     "memory-cpu": Table((f"{SPEED}/memory_cpu.json",), speed.memory),
-    "numerics": Table((f"{SPEED}/numerics.json",), speed.numerics),
     "first-use": Table(("first_use.json", "digits.json"), first_use),
     "claims": Table(tuple(f"claims_{recipe}.json" for recipe in RECIPES), overview),
     "claims-digits": Table(("claims_digits.json",), partial(of_claims, ["mnist5k"])),

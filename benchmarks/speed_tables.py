@@ -89,6 +89,24 @@ def memory(path: Path) -> str:
     return f"{first}\n\n" + table(("`replay.dtype`", *buffer["bytes"]), [chains])
 
 
+def stream(path: Path) -> str:
+    """Training from the disk beside training from memory."""
+    found = _json(path)
+    ratios = []
+    for kind in ("in between", "while reading"):
+        one = found["training"][kind]
+        ratios.append(f"{one['ratio']:.3f} ({one['range'][0]:.3f} to {one['range'][1]:.3f})")
+    row = [
+        *(f"{found['images']:,} ({found['gigabytes']:g} GB)", f"{found['peak_anonymous_gb']:.2f} GB"),
+        *(f"{found['images_per_s_read']:,}", f"{found['window_read_s']:g} s of {found['window_lasts_s']:,} s", *ratios),
+    ]
+    head = (
+        *("images", "anonymous memory at most", "images/s read", "reading a window, of the time it lasts"),
+        *("step, of that from memory", "while a window is read"),
+    )
+    return table(head, [row])
+
+
 def numerics(path: Path) -> str:
     """What each change of precision or storage does to the figures, seed by seed."""
     found = _json(path)["summary"]

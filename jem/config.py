@@ -58,6 +58,9 @@ class DataConfig(Settings):
     )
     image_size: int = setting(64, ge=4, doc="celeba, imagefolder: side in pixels to resize to")
     channels: int = setting(3, ge=1, le=3, doc="imagefolder: 3 for colour, 1 for greyscale")
+    stream: bool = setting(
+        False, doc="parquet: read training images while they are needed; for more than memory holds, in an own order"
+    )
     noise_std: float = setting(0.03, ge=0, doc="Gaussian noise on training images, on the [-1, 1] scale")
     crop_padding: int = setting(4, ge=0, doc="reflect-pad by this and crop at random; 0 turns it off")
     flip: bool = setting(True, doc="mirror half of the training images left to right")
@@ -75,6 +78,16 @@ class DataConfig(Settings):
             yield "root", f"is required for data.name={self.name}: the folder that holds the images"
         if self.channels == 2:
             yield "channels", "is 2, must be 1 or 3"
+        if self.stream and self.name != "parquet":
+            yield (
+                "stream",
+                (
+                    "is true, must be false unless data.name=parquet; "
+                    f"python jobs/prepare.py {self.name} OUT writes data that can be streamed"
+                ),
+            )
+        if self.stream and self.labels_per_class is not None:
+            yield "stream", "does not go with data.labels_per_class, which picks from images in memory; leave one out"
         if self.labelled_batch_size is not None and self.labels_per_class is None:
             yield "labelled_batch_size", "has no effect without data.labels_per_class; set that or leave this out"
 

@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from jem.data.catalog import DataSpec, describe
+from jem.data.stream import WINDOW_BYTES
 from jem.models import make_network
 from jem.train import dtype_of
 from orchestrator.config import RunConfig, check_folder, to_yaml
@@ -62,7 +63,9 @@ def _network(config: RunConfig, spec: DataSpec) -> tuple[list[tuple[str, str]], 
     share = -(-config.batch_size // workers)
     chains = -(-config.replay.capacity // workers) if samples else 0
     pixels = torch.Size(spec.image_shape).numel()
-    images = sum((spec.sizes or {}).values())
+    held = {name: count * pixels for name, count in (spec.sizes or {}).items()}
+    if config.data.stream:
+        held["train"] = min(held["train"], 2 * WINDOW_BYTES)
     metrics = {
         "parameters": float(parameters),
         "flop_per_image": float(forward),
@@ -71,7 +74,7 @@ def _network(config: RunConfig, spec: DataSpec) -> tuple[list[tuple[str, str]], 
         "weights_bytes": float(parameters * width * copies),
         "replay_bytes_per_worker": float(chains * pixels * stored),
         "activations_bytes_per_worker": float(activations * width * share * (1 + samples)),
-        "data_bytes_per_worker": float(images * pixels),
+        "data_bytes_per_worker": float(sum(held.values())),
     }
     mib = {key: f"{value / 2**20:,.1f} MiB" for key, value in metrics.items() if "bytes" in key}
     classes = f"{spec.n_classes} classes"

@@ -41,7 +41,7 @@ def prepare_or_verify(source: str | None, out: str, changes: Sequence[str], say:
 
 
 def prepare(config: DataConfig, location: Location, say: Say) -> Manifest:
-    """Load the whole source, check it, write it; nothing stays at `location` if that fails."""
+    """Check the source, write it file by file; nothing stays at `location` if that fails."""
     from jem.data import parquet
     from jem.data.catalog import describe
     from jem.data.sources import load
@@ -49,7 +49,7 @@ def prepare(config: DataConfig, location: Location, say: Say) -> Manifest:
     parquet.refuse_unless_empty(location)
     where = describe(config).where
     say(f"reading {config.name}: {where}")
-    return parquet.write(load(config), location, source=f"{config.name}: {where}", progress=say)
+    return parquet.write(load(config, in_memory=False), location, source=f"{config.name}: {where}", progress=say)
 
 
 def verify(location: Location, say: Say) -> Manifest:

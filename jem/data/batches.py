@@ -17,6 +17,7 @@ from torch import Tensor
 from jem.config import DataConfig
 from jem.data.augment import crop_and_flip, to_float
 from jem.data.splits import Split
+from jem.data.stream import Streamed, Windows
 from jem.errors import ConfigError, Problem
 from jem.randomness import derive_seed, generator
 from jem.world import World
@@ -41,16 +42,47 @@ class Batch:
 
 
 @dataclass(frozen=True, eq=False)
+class InMemory:
+    """All images on the training device: `images` uint8 [total, c, h, w], `labels` int64 [total].
+
+    `rows` (int64 [k], on the CPU) are those that belong to the sequence.
+    """
+
+    images: Tensor
+    labels: Tensor
+    rows: Tensor
+
+    def picked(self, name: str, seed: int, step: int, batch_size: int, part: slice) -> tuple[Tensor, Tensor, Tensor]:
+        """Images of which the batch's `part` takes some; their rows [n], and labels [n]."""
+        rows = self.rows[positions(len(self.rows), seed, name, step, batch_size)[part]]
+        rows = sent(rows, self.images.device)
+        return self.images, rows, self.labels[rows]
+
+
+@dataclass(frozen=True, eq=False)
+class FromDisk:
+    """Images that are read as they are needed, and go to `device` a batch at a time."""
+
+    windows: Windows
+    device: torch.device
+
+    def picked(self, _: str, __: int, step: int, batch_size: int, part: slice) -> tuple[Tensor, Tensor, Tensor]:
+        """As `InMemory.picked`: the batch's part itself, and all rows of it."""
+        begin = step * batch_size
+        images, labels = self.windows.rows(begin + part.start, begin + part.stop)
+        return sent(images, self.device), torch.arange(len(labels), device=self.device), sent(labels, self.device)
+
+
+@dataclass(frozen=True, eq=False)
 class Stream:
     """An endless sequence of images, each once an epoch in a new order; batches may straddle epochs.
 
-    `rows` are the rows of `images` that belong to it; all its random draws are named by (seed, name).
+    All its random draws are named by (seed, name).
     """
 
     name: str
-    images: Tensor  # uint8 [total, c, h, w], on the training device
-    labels: Tensor  # int64 [total], there too
-    rows: Tensor  # int64 [k], on the CPU
+    source: InMemory | FromDisk
+    device: torch.device
     batch_size: int
     seed: int
 
@@ -58,30 +90,28 @@ class Stream:
         self, step: int, config: DataConfig, share: Callable[[int], slice], dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
         """The rank's (images, labels) of the batch of `step`."""
-        part = share(self.batch_size)
-        device = self.images.device
+        part, device = share(self.batch_size), self.device
         # Orders and crops are drawn on the CPU, so that they are the same whatever the device; noise is large.
-        rows = self.rows[positions(len(self.rows), self.seed, self.name, step, self.batch_size)[part]]
-        rows = sent(rows, device)
+        whole, rows, labels = self.source.picked(self.name, self.seed, step, self.batch_size, part)
         random = generator("cpu", self.seed, self.name, "augment", step)
         padding = config.crop_padding
         shifts = torch.randint(-padding, padding + 1, (2, self.batch_size), generator=random)
         mirrored = torch.rand(self.batch_size, generator=random) < (0.5 if config.flip else 0.0)
         if padding or config.flip:
-            pixels = crop_and_flip(self.images, rows, sent(shifts[:, part], device), sent(mirrored[part], device))
+            pixels = crop_and_flip(whole, rows, sent(shifts[:, part], device), sent(mirrored[part], device))
         else:
-            pixels = self.images[rows]
+            pixels = whole[rows]
         images = to_float(pixels, dtype)
         if config.noise_std:
             random = generator(device, self.seed, self.name, "noise", step)
-            shape = (self.batch_size, *self.images.shape[1:])
+            shape = (self.batch_size, *whole.shape[1:])
             noise = torch.randn(shape, generator=random, device=device)  # float32 always: one noise, any dtype
             images = images + config.noise_std * noise[part].to(dtype)
-        return images, self.labels[rows]
+        return images, labels
 
 
 class BatchSource:
-    """The training batches of one rank: `at(step)`. Images stay on `device` as uint8.
+    """The training batches of one rank: `at(step)`. Images stay on `device` as uint8, or on the disk.
 
     `share(n)` is this rank's slice of n rows, as `World.share`.
     """
@@ -97,15 +127,19 @@ class BatchSource:
         dtype: torch.dtype = torch.float32,
     ) -> None:
         check_padding(config, split.images.shape[2:])
-        images, labels = split.images.to(device), split.labels.to(device)
-        everything = torch.arange(len(split))
+        device = torch.device(device)
         self._config, self._share, self._dtype = config, share, dtype
-        self._stream = Stream("train", images, labels, everything, batch_size, seed)
         self._labelled: Stream | None = None
+        if isinstance(split, Streamed):
+            self._stream = Stream("train", FromDisk(Windows(split, "train", seed), device), device, batch_size, seed)
+            return
+        images, labels = split.images.to(device), split.labels.to(device)
+        everything = InMemory(images, labels, torch.arange(len(split)))
+        self._stream = Stream("train", everything, device, batch_size, seed)
         if config.labels_per_class is not None:
             rows = labelled_rows(split.labels, config.labels_per_class, seed)
             size = config.labelled_batch_size or batch_size
-            self._labelled = Stream("labelled", images, labels, rows, size, seed)
+            self._labelled = Stream("labelled", InMemory(images, labels, rows), device, size, seed)
 
     def at(self, step: int) -> Batch:
         """The rank's part of the batch of `step`, counted from 0."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from jem.data.catalog import SPLITS, validation_count
-from jem.data.splits import DataSet, Split, complete
+from jem.data.splits import DataSet, Split, Undecoded, complete
 from jem.errors import ConfigError, DataError, Problem
 
 Indices = np.ndarray[Any, np.dtype[np.int64]]
@@ -45,8 +45,10 @@ class Source:
     test_size: int | None = None  # carved from train where there is no test pool; None: 20 %
 
 
-def assemble(name: str, source: Source, validation_size: int | None, wanted: tuple[str, ...] = SPLITS) -> DataSet:
-    """Carve the splits that the source lacks, decode those wanted."""
+def assemble(
+    name: str, source: Source, validation_size: int | None, wanted: tuple[str, ...] = SPLITS, in_memory: bool = True
+) -> DataSet:
+    """Carve the splits that the source lacks, decode those wanted; unless `in_memory`, later and piece by piece."""
     rows: dict[str, tuple[Pool, Indices]] = {}
     for split in wanted:
         if split in source.pools and split != "train":
@@ -56,12 +58,19 @@ def assemble(name: str, source: Source, validation_size: int | None, wanted: tup
         train = source.pools["train"]()
         for split, indices in partition(train.labels, source, validation_size).items():
             rows[split] = train, indices
-    made = {
-        split: Split(pool.decode(indices), torch.from_numpy(pool.labels[indices]))
-        for split, (pool, indices) in rows.items()
-        if split in wanted
-    }
+    make = _decoded if in_memory else _undecoded
+    made = {split: make(*of_split) for split, of_split in rows.items() if split in wanted}
     return complete(name, made, source.classes)
+
+
+def _decoded(pool: Pool, indices: Indices) -> Split:
+    return Split(pool.decode(indices), torch.from_numpy(pool.labels[indices]))
+
+
+def _undecoded(pool: Pool, indices: Indices) -> Split:
+    """Its first image is decoded, for the shape."""
+    empty = pool.decode(indices[:1])[:0]
+    return Undecoded(empty, torch.from_numpy(pool.labels[indices]), lambda rows: pool.decode(indices[rows]))
 
 
 def partition(labels: Indices, source: Source, validation_size: int | None) -> dict[str, Indices]:

@@ -9,7 +9,7 @@ Page checksums say which row group is damaged; the digest of each split makes su
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import pyarrow as pa
@@ -19,8 +19,18 @@ from torch import Tensor
 from jem.data import manifest as manifests
 from jem.data.catalog import SPLITS
 from jem.data.manifest import Manifest, Part, PartFile
-from jem.data.rows import REMEDY, UNREADABLE, open_file, row_groups, schema_of, write_rows
+from jem.data.rows import (
+    REMEDY,
+    UNREADABLE,
+    group_sizes,
+    open_file,
+    read_labels,
+    row_groups,
+    schema_of,
+    write_rows,
+)
 from jem.data.splits import DataSet, Split, check, combined_digest, complete, hash_of
+from jem.data.stream import Group, Streamed
 from jem.errors import DataError
 from jem.files import Location
 
@@ -53,12 +63,10 @@ def write(
         location.mkdir()
         parts = {}
         for name, split in dataset.splits.items():
-            files = tuple(_write_split(split, name, location, group, per_file, started))
-            parts[name] = Part(len(split), split.digest, files)
+            parts[name] = _write_split(split, name, location, group, per_file, started)
             progress(f"{name}: {len(split)} images in {len(parts[name].files)} files")
-        made = Manifest(
-            dataset.name, source or dataset.name, dataset.classes, dataset.image_shape, parts, dataset.digest
-        )
+        digest = combined_digest({name: part.digest for name, part in parts.items()})
+        made = Manifest(dataset.name, source or dataset.name, dataset.classes, dataset.image_shape, parts, digest)
         started.append(location / manifests.NAME)
         started[-1].write(manifests.dump(made))
     except BaseException:
@@ -76,15 +84,21 @@ def refuse_unless_empty(location: Location) -> None:
         raise DataError(f"{location.uri}: exists and is not an empty folder; name another or delete it")
 
 
-def read(location: Location, wanted: tuple[str, ...] = SPLITS) -> DataSet:
+def read(location: Location, wanted: tuple[str, ...] = SPLITS, stream: bool = False) -> DataSet:
     """The data set at `location`; splits that are not wanted are left empty and unread.
 
-    All that is cheap is checked first, over all files; what is read is compared with the splits' digests.
+    All that is cheap is checked first, over all files; what is read is compared with the splits' digests. With
+    `stream` the images of the training split are left where they are: its digest is then the manifest's.
     """
     manifest = manifests.read(location)
     for file in [file for split in wanted for file in manifest.splits[split].files]:
         _check_file(location / file.name, file, manifest)
-    made = {split: _read_split(location, manifest, split) for split in wanted}
+    made = {
+        split: _streamed(location, manifest, split)
+        if stream and split == "train"
+        else _read_split(location, manifest, split)
+        for split in wanted
+    }
     dataset = complete(manifest.name, made, manifest.classes)
     return check(dataset, location.uri, wanted)
 
@@ -110,17 +124,51 @@ def verify(location: Location, progress: Progress = lambda _: None) -> Manifest:
 
 def _write_split(
     split: Split, name: str, location: Location, group: int, per_file: int, started: list[Location]
-) -> Iterator[PartFile]:
-    count = -(-len(split) // per_file)
-    for number in range(count):
-        rows = slice(number * per_file, min((number + 1) * per_file, len(split)))
-        sink = pa.BufferOutputStream()
-        write_rows(sink, split.images[rows], split.labels[rows], group)
-        data = sink.getvalue()
-        target = location / manifests.file_name(name, number, count)
-        started.append(target)
-        target.write(data)
-        yield PartFile(target.name, rows.stop - rows.start, data.size, hashlib.sha256(data).hexdigest())
+) -> Part:
+    """Each image is asked for once."""
+    count, files = -(-len(split) // per_file), []
+
+    def written() -> Iterator[Tensor]:
+        for number, images in enumerate(_pieces(split.chunks(), per_file)):
+            rows = slice(number * per_file, number * per_file + len(images))
+            sink = pa.BufferOutputStream()
+            write_rows(sink, images, split.labels[rows], group)
+            data = sink.getvalue()
+            target = location / manifests.file_name(name, number, count)
+            started.append(target)
+            target.write(data)
+            files.append(PartFile(target.name, len(images), data.size, hashlib.sha256(data).hexdigest()))
+            yield images
+
+    digest = hash_of((len(split), *split.images.shape[1:]), written(), split.labels)
+    return Part(len(split), digest, tuple(files))
+
+
+def _pieces(chunks: Iterable[Tensor], size: int) -> Iterator[Tensor]:
+    """The same images, `size` at a time."""
+    rest: list[Tensor] = []
+    held = 0
+    for chunk in chunks:
+        while held + len(chunk) >= size:
+            yield torch.cat([*rest, chunk[: size - held]])
+            chunk, rest, held = chunk[size - held :], [], 0
+        rest, held = [*rest, chunk], held + len(chunk)
+    if held:
+        yield torch.cat(rest)
+
+
+def _streamed(location: Location, manifest: Manifest, split: str) -> Streamed:
+    """The split without its images."""
+    part, groups, row = manifest.splits[split], [], 0
+    for file in (location / file.name for file in part.files):
+        for number, size in enumerate(group_sizes(file)):
+            groups.append(Group(file, number, range(row, row + size)))
+            row += size
+    labels = torch.cat([read_labels(location / file.name, manifest) for file in part.files])
+    empty = torch.empty(0, *manifest.image_shape, dtype=torch.uint8)
+    made = Streamed(empty, labels, manifest, tuple(groups))
+    made.__dict__["digest"] = part.digest  # the cached property, without reading
+    return made
 
 
 def _check_file(where: Location, expected: PartFile, manifest: Manifest) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -49,10 +50,35 @@ def open_file(file: Location) -> Any:
 
 
 def row_groups(where: Location, manifest: Manifest) -> Iterator[tuple[Tensor, Tensor]]:
+    with _reading(where) as file:
+        for number in range(file.num_row_groups):
+            yield _row_group(file, number, where, manifest)
+
+
+def read_group(where: Location, number: int, manifest: Manifest) -> tuple[Tensor, Tensor]:
+    """One row group: uint8 [n, c, h, w], int64 [n]."""
+    with _reading(where) as file:
+        return _row_group(file, number, where, manifest)
+
+
+def group_sizes(where: Location) -> list[int]:
+    """Rows of each row group, as the footer tells."""
+    with _reading(where) as file:
+        return [file.metadata.row_group(number).num_rows for number in range(file.num_row_groups)]
+
+
+def read_labels(where: Location, manifest: Manifest) -> Tensor:
+    """The labels of a file, int64 [n]; no image is read."""
+    with _reading(where) as file:
+        labels = file.read(columns=["label"], use_threads=False).column("label").to_numpy()
+    return _checked_labels(labels, f"{where.uri}", manifest)
+
+
+@contextmanager
+def _reading(where: Location) -> Iterator[Any]:
     try:
         with open_file(where) as file:
-            for number in range(file.num_row_groups):
-                yield _row_group(file, number, where, manifest)
+            yield file
     except UNREADABLE as error:
         raise DataError(f"{where.uri}: cannot be read: {error}; {REMEDY}") from error
 
@@ -60,7 +86,7 @@ def row_groups(where: Location, manifest: Manifest) -> Iterator[tuple[Tensor, Te
 def _row_group(file: Any, number: int, where: Location, manifest: Manifest) -> tuple[Tensor, Tensor]:
     place = f"{where.uri}, row group {number}"
     try:
-        table = file.read_row_group(number, columns=["image", "label"]).combine_chunks()
+        table = file.read_row_group(number, columns=["image", "label"], use_threads=False).combine_chunks()
         image, label = table.column("image").chunk(0), table.column("label").chunk(0)
         pixels = image.storage.flatten().to_numpy(zero_copy_only=True).reshape(-1, *manifest.image_shape)
         labels = label.to_numpy(zero_copy_only=True)
@@ -68,9 +94,13 @@ def _row_group(file: Any, number: int, where: Location, manifest: Manifest) -> t
             raise ValueError(f"{len(pixels)} images and {len(labels)} labels")
     except (*UNREADABLE, IndexError) as error:
         raise DataError(f"{place}: is damaged: {error}; {REMEDY}") from error
+    return torch.from_numpy(pixels.copy()), _checked_labels(labels, place, manifest)
+
+
+def _checked_labels(labels: Any, place: str, manifest: Manifest) -> Tensor:
     top = len(manifest.classes) - 1
     bad = np.flatnonzero((labels < 0) | (labels > top))
     if len(bad):
         row = int(bad[0])
         raise DataError(f"{place}, row {row}: label {labels[row]} is out of range, must be 0 to {top}; {REMEDY}")
-    return torch.from_numpy(pixels.copy()), torch.from_numpy(labels.copy())
+    return torch.from_numpy(labels.copy())

@@ -28,17 +28,20 @@ SOURCES: dict[str, Callable[[DataConfig], Source]] = {
 }
 
 
-def load(config: DataConfig, splits: tuple[str, ...] = SPLITS) -> DataSet:
+def load(config: DataConfig, splits: tuple[str, ...] = SPLITS, in_memory: bool = True) -> DataSet:
     """The data set that `config` names; `splits` that are not wanted are left empty, and unread where possible.
+
+    With data.stream the training split stays on the disk. Unless `in_memory`, so do images that files or archives hold
+    one by one, until they are asked for.
 
     Which image is in which split depends on the source and `validation_size` alone, never on a seed.
     Raises DataError where data are missing, damaged or not what they should be, with the remedy.
     """
     check_options(config)
     if config.name == "parquet":
-        return parquet.read(location_of(config), splits)
+        return parquet.read(location_of(config), splits, config.stream)
     if config.name in SOURCES:
-        dataset = assemble(config.name, SOURCES[config.name](config), config.validation_size, splits)
+        dataset = assemble(config.name, SOURCES[config.name](config), config.validation_size, splits, in_memory)
     else:
         dataset = load_custom(config, splits)
     return check(dataset, f"data.name={config.name}", splits)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -22,13 +22,40 @@ class Split:
     images: Tensor
     labels: Tensor
 
+    in_memory = True
+    """Whether `images` are all there. Where not they are empty, of the right shape."""
+
     def __len__(self) -> int:
         return len(self.labels)
+
+    def chunks(self) -> Iterator[Tensor]:
+        """All images in order, in pieces of any size."""
+        yield self.images
+
+    def part(self) -> Split:
+        """As many of the images as memory surely holds, spread over all."""
+        return self
 
     @cached_property
     def digest(self) -> str:
         """Sha256 of shape, images and labels: equal if and only if the data are."""
-        return hash_of(self.images.shape, [self.images], self.labels)
+        return hash_of((len(self), *self.images.shape[1:]), self.chunks(), self.labels)
+
+
+CHUNK_BYTES = 128 * 2**20
+
+
+@dataclass(frozen=True, eq=False)
+class Undecoded(Split):
+    """A split whose images are made when they are asked for: `decode(rows)` -> uint8 [k, c, h, w]."""
+
+    decode: Callable[[slice], Tensor]
+
+    in_memory = False
+
+    def chunks(self) -> Iterator[Tensor]:
+        size = max(1, CHUNK_BYTES // self.images.shape[1:].numel())
+        return (self.decode(slice(row, min(row + size, len(self)))) for row in range(0, len(self), size))
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,7 +104,7 @@ def check(dataset: DataSet, origin: str, wanted: tuple[str, ...] = SPLITS) -> Da
         if images.dtype != torch.uint8 or images.ndim != 4:
             found = f"{images.dtype} of shape {list(images.shape)}"
             raise DataError(f"{where}: images are {found}, must be torch.uint8 of shape [n, channels, height, width]")
-        if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
+        if labels.dtype != torch.int64 or (split.in_memory and labels.shape != images.shape[:1]):
             found = f"{labels.dtype} of shape {list(labels.shape)}"
             raise DataError(f"{where}: labels are {found}, must be torch.int64 of shape [{len(images)}], one an image")
         if name in wanted and not len(split):

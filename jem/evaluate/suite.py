@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -54,12 +54,13 @@ def evaluate(
     fitted on the validation split. Raises DivergedError if an output is not finite.
     """
     began = time.monotonic()
+    sizes = {name: len(split) for name, split in data.splits.items()}
+    digest, data = data.digest, replace(data, train=data.train.part())
     subjects = prepare(network, data, config, settings)
     labels = {"validation": data.validation.labels, "test": data.test.labels}
     measured = assemble(compute(subjects), labels, network, subjects.left_out, data.train.labels)
     report = figures(measured, subjects.how, settings.suite)
-    sizes = {name: len(split) for name, split in data.splits.items()}
-    about = {"name": data.name, "digest": data.digest, "image_shape": list(data.image_shape)}
+    about = {"name": data.name, "digest": digest, "image_shape": list(data.image_shape)}
     report["data"] = about | {"classes": list(data.classes), "sizes": sizes}
     report["settings"] = {
         "suite": settings.suite,

@@ -38,6 +38,7 @@ OTHER = {
     "data.image_size": "32",
     "data.channels": "1",
     "data.noise_std": "0.2",
+    "data.stream": "true",
     "data.crop_padding": "1",
     "data.flip": "true",
     "data.labels_per_class": "7",
@@ -102,6 +103,7 @@ OTHER = {
     "evaluate.noise_std": "0.1",
 }
 NEEDS = {
+    "data.stream": ("data.name=parquet", "data.root=/data"),
     "model.options": ("model.name=mine:net",),
     "data.options": ("data.name=mine:data",),
     "objective.p_x_y_weight": ("sgld.conditional=true",),

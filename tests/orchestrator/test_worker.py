@@ -29,7 +29,10 @@ from worker_runs import (
 )
 
 from jem import checkpoint
+from jem.config import DataConfig
+from jem.data import parquet, stream
 from jem.data.augment import to_float
+from jem.data.sources import load
 from jem.files import Location
 from jem.world import World
 from orchestrator import control
@@ -85,6 +88,24 @@ def test_a_killed_run_ends_bit_for_bit_as_one_that_was_not(tmp_path, kind):
         outcome["metrics"].pop("train/images_per_s")
         outcome.pop("checkpoint")
     assert pieces == whole
+
+
+def test_a_killed_run_that_streams_its_images_ends_bit_for_bit_as_one_that_was_not(tmp_path, monkeypatch):
+    """Windows of two or three steps: it dies in the third epoch's, before and after a border."""
+    monkeypatch.setattr(stream, "WINDOW_BYTES", 200 * 64)
+    digits = load(DataConfig(name="digits", validation_size=1237))
+    parquet.write(digits, Location.of(tmp_path / "data"), rows_per_group=30, rows_per_file=150)
+    assert len(digits.train) == 200
+    settings = (HOOKED, "data.name=parquet", f"data.root={tmp_path / 'data'}", "data.stream=true")
+    fit(tmp_path / "whole", *settings)
+    for attempt, passes in enumerate((6, 5), start=1):
+        with pytest.raises(Death):
+            fit(tmp_path / "killed", *settings, hooks={passes: die}, attempt=attempt)
+    fit(tmp_path / "killed", *settings, attempt=3)
+    assert state_of(tmp_path / "killed") == state_of(tmp_path / "whole")
+    assert trace(tmp_path / "killed") == trace(tmp_path / "whole")
+    tags = log_of(tmp_path / "killed", "tags")[0]["tags"]
+    assert (tags["data.train"], tags["data.digest"]) == ("200", digits.digest)
 
 
 @pytest.mark.parametrize("step", [1, 6, 8, 11])

@@ -10,8 +10,8 @@ import torch
 from pyarrow import fs as pafs
 
 from jem.config import DataConfig
+from jem.data import folder, parquet, splits
 from jem.data import manifest as manifests
-from jem.data import parquet
 from jem.data.rows import write_rows
 from jem.data.sources import describe, load
 from jem.data.splits import DataSet, Split
@@ -273,3 +273,20 @@ def test_a_manifest_has_one_spelling_only(out):
     (out / "manifest.json").write(json.dumps(body, indent=2).encode())
     with pytest.raises(DataError, match=r"manifest.json: is damaged: its checksum does not match"):
         parquet.verify(out)
+
+
+def test_images_of_a_folder_are_decoded_piece_by_piece_once_each_and_written_as_from_memory(tmp_path, monkeypatch):
+    fakes.folder(tmp_path / "photos", {"train/a": 20, "train/b": 17, "test/a": 3, "test/b": 4})
+    config = DataConfig(name="imagefolder", root=str(tmp_path / "photos"), image_size=6)
+    parquet.write(load(config), Location.of(tmp_path / "from memory"), **SMALL)
+    monkeypatch.setattr(splits, "CHUNK_BYTES", 7 * 3 * 6 * 6)
+    sizes = []
+    decode = folder.decode
+    monkeypatch.setattr(folder, "decode", lambda files, *more: sizes.append(len(files)) or decode(files, *more))
+    made = load(config, in_memory=False)
+    assert made.image_shape == (3, 6, 6)
+    parquet.write(made, Location.of(tmp_path / "piecewise"), **SMALL)
+    assert max(sizes) == 7
+    assert sum(sizes) == 37 + 7 + 3, "each once, and the first of each split for its shape"
+    for file in (tmp_path / "from memory").iterdir():
+        assert (tmp_path / "piecewise" / file.name).read_bytes() == file.read_bytes(), file.name
