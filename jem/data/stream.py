@@ -28,7 +28,7 @@ from jem.data.splits import Split
 from jem.files import Location
 from jem.randomness import generator
 
-WINDOW_BYTES = 256 * 2**20
+WINDOW_BYTES = 128 * 2**20
 """Pixels that are shuffled together. Another number is another order."""
 
 
@@ -116,21 +116,31 @@ class Windows:
 
     def rows(self, first: int, stop: int) -> tuple[UInt8[Tensor, "n c h w"], Int64[Tensor, " n"]]:
         """Images and labels at positions `first` to `stop`. Raises DataError for a row group that is damaged."""
-        n, found, used = len(self.split), [], []
+        parts = list(self._parts(first, stop))
+        if not parts:
+            return self.split.images, self.split.labels[:0]
+        following = self._after(parts[-1][0])
+        wanted = {following, *(key for key, _ in parts)}
+        self._held = {key: window for key, window in self._held.items() if key in wanted}  # before more is read
+        found = [self._taken(key, positions) for key, positions in parts]
+        self._reading(following)
+        images, labels = zip(*found, strict=True)
+        return torch.cat(images), torch.cat(labels)
+
+    def _parts(self, first: int, stop: int) -> Iterator[tuple[Key, slice]]:
+        """The windows that positions lie in, and where in them."""
         while first < stop:
-            epoch, position = divmod(first, n)
+            epoch, position = divmod(first, len(self.split))
             begins = self.epoch(epoch).begins
             number = bisect.bisect_right(begins, position) - 1
             taken = min(stop - first, begins[number + 1] - position)
-            window = self._window((epoch, number))
-            at = window.order[position - begins[number] :][:taken]
-            found.append((window.images[at], window.labels[at]))
-            used.append((epoch, number))
+            yield (epoch, number), slice(position - begins[number], position - begins[number] + taken)
             first += taken
-        if used:
-            self._keep({*used, self._after(used[-1])})
-        images, labels = zip(*found, strict=True) if found else ((self.split.images,), (self.split.labels[:0],))
-        return torch.cat(images), torch.cat(labels)
+
+    def _taken(self, key: Key, positions: slice) -> tuple[Tensor, Tensor]:
+        window = self._window(key)
+        at = window.order[positions]
+        return window.images[at], window.labels[at]
 
     def _window(self, key: Key) -> Window:
         try:
@@ -143,12 +153,6 @@ class Windows:
         if key not in self._held:
             self._held[key] = self._reader.submit(self._read, key)
         return self._held[key]
-
-    def _keep(self, keys: set[Key]) -> None:
-        """Forget all other windows, and have these read if they are not yet."""
-        self._held = {key: window for key, window in self._held.items() if key in keys}
-        for key in sorted(keys):
-            self._reading(key)
 
     def _after(self, key: Key) -> Key:
         epoch, number = key
