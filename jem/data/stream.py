@@ -16,17 +16,18 @@ import functools
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from jaxtyping import Int64, UInt8
 from torch import Tensor
 
-from jem.data.manifest import Manifest
-from jem.data.rows import read_group
 from jem.data.splits import Split
-from jem.files import Location
 from jem.randomness import generator
+
+if TYPE_CHECKING:  # predicting needs no pyarrow
+    from jem.data.manifest import Manifest
+    from jem.files import Location
 
 WINDOW_BYTES = 128 * 2**20
 """Pixels that are shuffled together. Another number is another order."""
@@ -51,6 +52,8 @@ class Streamed(Split):
 
     def read(self, group: Group) -> tuple[UInt8[Tensor, "n c h w"], Int64[Tensor, " n"]]:
         """Raises DataError naming file and row group if it is damaged."""
+        from jem.data.rows import read_group
+
         return read_group(group.file, group.number, self.manifest)
 
     def chunks(self) -> Iterator[Tensor]:
