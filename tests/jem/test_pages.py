@@ -13,7 +13,7 @@ if sys.argv[1] == "keep":
     keep_freed_pages()
 def step():
     held = [torch.ones(12 * 2**20) for _ in range(2)]
-for _ in range(3):
+for _ in range(20):  # until the heap has a place for each
     step()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(5):
