@@ -207,6 +207,7 @@ TABLES = {
     "scaling": Table((f"{SPEED}/scaling.json",), speed.scaling),
     "start": Table((f"{SPEED}/start.json",), speed.start),
     "evaluation-speed": Table((f"{SPEED}/evaluation_cpu.json",), speed.evaluation),
+    "numerics": Table((f"{SPEED}/numerics.json",), speed.numerics),
     "stream": Table((f"{SPEED}/stream.json",), speed.stream),
     "memory-cpu": Table((f"{SPEED}/memory_cpu.json",), speed.memory),
     "first-use": Table(("first_use.json", "digits.json"), first_use),
