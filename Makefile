@@ -1,7 +1,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-BENCH_DATA := .bench-data
+BENCH_DATA := $(CURDIR)/.bench-data
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .PHONY: help demo ui test faults sweeps soak bench results install check clean
@@ -13,7 +13,7 @@ help:
 	@echo "make faults  real faults: processes killed and stopped, nodes lost, full disks, damaged files, MLflow away"
 	@echo "make sweeps  sweeps on a real Ray: crashes, divergence, a killed driver, trials of several workers"
 	@echo "make soak    20 kills at random times, the same final bits each time (half an hour)"
-	@echo "make bench   how fast everything is, on an idle machine (an hour; 11 GB of disk for a while)"
+	@echo "make bench   how fast everything is, on an idle machine (over an hour; 13 GB of disk for a while)"
 	@echo "make results the tables of README and docs, from the runs' figures in docs/results"
 	@echo "make check   ruff, types, import contracts"
 	@echo "make clean   remove the environment; runs stay"

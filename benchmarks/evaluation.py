@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import machine
+from common import machine, save
 from step import Case, batch_of, timed, wide
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
@@ -134,8 +134,7 @@ def main() -> int:
         found = measure(suite, case, torch.device("cuda" if cuda else "cpu"), arguments.pairs)
         result["suites"][suite] = found
         print(f"{suite}: {json.dumps(found)}", flush=True)
-    if arguments.out:
-        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    save(result, arguments.out)
     return 0
 
 

@@ -13,7 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from common import machine
+from common import machine, save
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -41,8 +41,7 @@ def main() -> int:
         "demo": {key: last[key] for key in ("status", "step")} | {"accuracy": last["metrics"]["test/accuracy"]},
     }
     print(json.dumps(result, indent=1))
-    if arguments.out:
-        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    save(result, arguments.out)
     return 0
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import machine
+from common import machine, save, steps_logged
 
 from jem.data.batches import BatchSource
 from jem.data.sources import load
@@ -67,7 +67,7 @@ def orchestrated(arguments: argparse.Namespace) -> dict[str, float]:
     assert json.loads(done.stdout.splitlines()[-1])["status"] == "finished"
     kinds = [event["kind"] for event in events]
     assert "rollback" not in kinds, "it went back: not the same work"
-    trained = {e["step"]: e["time"] / 1000 for e in events if e["kind"] == "metrics" and "train/loss" in e["metrics"]}
+    trained = steps_logged(events)
     last = trained[arguments.steps]
     seconds = last - trained[FROM]
     return {"seconds": seconds, "outside": whole - seconds, "checkpoints": kinds.count("checkpoint")}
@@ -110,8 +110,7 @@ def main() -> int:
         "pairs": len(rows),
     }
     print(json.dumps(result, indent=1))
-    if arguments.out:
-        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    save(result, arguments.out)
     return 0
 
 

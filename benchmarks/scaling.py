@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from common import machine
+from common import machine, save
 from step import ADAM, DIGITS, wide
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -135,8 +135,7 @@ def main() -> int:
     for case in arguments.cases:
         result["cases"][case] = measure(case, arguments.pairs, arguments.seconds)
         print(f"{case}: {json.dumps(result['cases'][case])}", flush=True)
-    if arguments.out:
-        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    save(result, arguments.out)
     return 0
 
 

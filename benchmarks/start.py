@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from common import machine
+from common import machine, save, steps_logged
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = 20
@@ -32,7 +32,7 @@ def once(workers: int) -> dict[str, float]:
         end = time.time()
         (log,) = Path(folder).glob("*/events.jsonl")
         events = [json.loads(line) for line in log.read_text().splitlines()]
-    trained = {e["step"]: e["time"] / 1000 for e in events if e["kind"] == "metrics" and "train/loss" in e["metrics"]}
+    trained = steps_logged(events)
     return {"first_step_s": trained[1] - begin, "end_s": end - trained[STEPS]}
 
 
@@ -58,8 +58,7 @@ def main() -> int:
             }
         result["workers"][str(workers)] = found | {"runs": arguments.times}
         print(f"{workers} workers: {json.dumps(found)}", flush=True)
-    if arguments.out:
-        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    save(result, arguments.out)
     return 0
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import machine
+from common import machine, save
 from paper_step import PaperStep
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -211,9 +211,7 @@ def measure(case: Case, device: torch.device, n: int, mode: str, each: float) ->
 
     peak = against("product")
     work = passes * flop / (2.0 * side(device) ** 3)  # of a step, in products
-    peak |= {key: [round(work * x, 3) for x in peak[key]] for key in ("range",)} | {
-        "ratio": round(work * peak["ratio"], 3)
-    }
+    peak |= {"ratio": round(work * peak["ratio"], 3), "range": [round(work * x, 3) for x in peak["range"]]}
     found = {
         "precision": settings["precision"],
         "forward_gflop": round(flop / 1e9, 3),
@@ -253,9 +251,7 @@ def main() -> int:
             found = measure(cases[name], device, arguments.pairs, mode, arguments.seconds)
             result["cases"][name][mode] = found
             print(f"{name}, {mode}: {json.dumps(found)}", flush=True)
-    if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    save(result, arguments.out)
     print(json.dumps({key: value for key, value in result.items() if key != "cases"}))
     return 0
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import machine
+from common import machine, save
 from step import ADAM, wide
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -147,8 +147,7 @@ def main() -> int:
     said = f"python benchmarks/stream.py --folder DIR --gigabytes {arguments.gigabytes:g} --pairs {arguments.pairs}"
     result = {"command": said, "hardware": machine(), **json.loads(done.stdout.splitlines()[-1])}
     print(json.dumps(result, indent=1))
-    if arguments.out:
-        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    save(result, arguments.out)
     return 0
 
 

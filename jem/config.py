@@ -79,13 +79,8 @@ class DataConfig(Settings):
         if self.channels == 2:
             yield "channels", "is 2, must be 1 or 3"
         if self.stream and self.name != "parquet":
-            yield (
-                "stream",
-                (
-                    "is true, must be false unless data.name=parquet; "
-                    f"python jobs/prepare.py {self.name} OUT writes data that can be streamed"
-                ),
-            )
+            remedy = f"python jobs/prepare.py {self.name} OUT writes data that can be streamed"
+            yield "stream", f"is true, must be false unless data.name=parquet; {remedy}"
         if self.stream and self.labels_per_class is not None:
             yield "stream", "does not go with data.labels_per_class, which picks from images in memory; leave one out"
         if self.labelled_batch_size is not None and self.labels_per_class is None:

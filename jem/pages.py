@@ -12,8 +12,8 @@ MOST = 2**31 - 1
 def keep_freed_pages() -> None:
     """What this process frees it keeps for its next allocation, where the C library is glibc; elsewhere no change.
 
-    By default glibc returns large blocks to the system, and every step fetches them again page by page, each cleared:
-    24,000 page faults in a step of WRN-16-2 (docs/performance.md).
+    By default glibc returns large blocks to the system, and every step fetches them again page by page, each cleared
+    (docs/performance.md).
     """
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL(None)
