@@ -74,6 +74,7 @@ class Checkpoints:
                     f"{_last_failure(self.root)}. recovery.max_failures={max_failures} allows no more"
                 )
             self._write_owner(attempt, token)
+            self._collect_halves()
             return token
 
         token = uuid.uuid4().hex
@@ -96,6 +97,13 @@ class Checkpoints:
             (self.root / OWNER).write(json.dumps(content).encode())
         except OSError as error:
             raise JEMError(f"{self.root.uri}: cannot be written ({error}); {REMEDY}") from error
+
+    def _collect_halves(self) -> None:
+        """Remove what workers left that died while they wrote one of these two files."""
+        with contextlib.suppress(OSError):
+            for file in self.root.children():
+                if file.name.endswith(".tmp") and file.name.startswith((f".{OWNER}.", f".{FAILURE}.")):
+                    file.remove()
 
     def _committed(self, step: int) -> None:
         """In the writer's thread, on rank 0: there is a new checkpoint."""

@@ -406,6 +406,15 @@ def test_workers_that_die_without_a_new_checkpoint_are_not_replaced_for_ever(roo
         group(root).claim(attempt=2, max_failures=2)
 
 
+def test_half_a_note_of_workers_that_were_killed_while_they_wrote_it_goes_with_the_next_group(root):
+    group(root).claim(attempt=1)
+    for half in (".failure.txt.0123abcd.tmp", ".owner.0123abcd.tmp", ".run.json.0123abcd.tmp"):
+        (root / half).write(b"half")
+    group(root).claim(attempt=1)
+    left = [file.name for file in root.children() if file.name.endswith(".tmp")]
+    assert left == [".run.json.0123abcd.tmp"]  # the driver's own, which may be writing it
+
+
 def test_a_driver_that_is_out_of_date_does_not_take_the_run_back(root):
     group(root).claim(attempt=3)
     with pytest.raises(JEMError, match=r"another driver has taken this run over \(attempt 3\)"):
