@@ -158,22 +158,64 @@ class ObjectiveConfig(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
+class AttackConfig(Settings):
+    """Suites full and paper: how hard the model is attacked. Norms and eps are on the [0, 1] pixel scale."""
+
+    images: int | None = setting(None, ge=1, doc="attacked test images, evenly spaced; none: 100, paper 1000")
+    linf: tuple[float, ...] = setting((0.01, 0.03, 0.05, 0.1, 0.2), gt=0, le=1, doc="eps of the largest change")
+    l2: tuple[float, ...] = setting((0.25, 0.5, 1.0, 2.0), gt=0, doc="eps of the Euclidean norm of the change")
+    refine: tuple[int, ...] = setting((0, 1, 10), ge=0, doc="JEM-k: SGLD steps down the energy before it classifies")
+    copies: int = setting(5, ge=1, doc="JEM-k: noisy copies of an image whose logits are averaged")
+    copy_noise: float = setting(0.03, ge=0, doc="JEM-k: Gaussian noise of these copies, on the [-1, 1] scale")
+    steps: int | None = setting(None, ge=1, doc="steps of PGD; none: 20, paper 40")
+    restarts: int | None = setting(None, ge=1, doc="random starts of PGD; none: 2, paper 20")
+    min_norm_steps: int | None = setting(None, ge=1, doc="steps of foolbox's FMN, DDN and CW; none: 50, paper 500")
+    queries: int | None = setting(None, ge=1, doc="tries of the square attack; none: 200, paper 5000")
+
+    def conflicts(self) -> Iterator[tuple[str, str]]:
+        for key in ("linf", "l2", "refine"):
+            values = getattr(self, key)
+            if not values or list(values) != sorted(set(values)):
+                yield key, f"is {list(values)}, must have entries that rise from one to the next"
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig(Settings):
+    """Suites full and paper: the samples that are scored."""
+
+    samples: int | None = setting(None, ge=10, doc="images of each sampler; none: 1000, paper 10,000")
+    steps: int | None = setting(None, ge=1, doc="SGLD steps of a fresh chain; none: sgld.steps / replay.reinit_prob")
+    inception: str | None = setting(
+        None, doc="torch-fidelity's Inception weights, for data without an extractor of ours (colour images)"
+    )
+    chains: int = setting(16, ge=2, doc="chains followed to 100 times the training length")
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(Settings):
     """What is measured, when, and on which weights."""
 
     suite: str = setting(
         "fast",
-        choices=("none", "fast", "full"),
-        doc="fast: calibration, AUROC against interp and uniform; full: every set and score, with baselines",
+        choices=("none", "fast", "full", "paper"),
+        doc="fast: calibration, AUROC against interp and uniform; full: every set and score, attacks and samples; "
+        "paper: full with the paper's counts",
     )
     sets: tuple[str, ...] = setting(
-        (), doc="full: out-of-distribution sets, by name or folder; empty: all that need no download"
+        (), doc="full, paper: out-of-distribution sets, by name or folder; empty: all that need no download"
     )
-    max_images: int = setting(10_000, ge=1, doc="full: images of an out-of-distribution set, evenly spaced over it")
+    max_images: int = setting(10_000, ge=1, doc="full, paper: images of an out-of-distribution set, evenly spaced")
     every: int = setting(500, ge=1, doc="steps between measurements on the validation split")
     final: str = setting("last", choices=("last", "best"), doc="weights that are final: last, or best on validation")
     ema: bool = setting(False, doc="evaluate and keep the averaged weights (optimizer.ema_decay > 0)")
     noise_std: float = setting(0.0, ge=0, doc="Gaussian noise on evaluated images; the paper's code used 0.03")
+    attack: AttackConfig = group(AttackConfig)
+    generate: GenerateConfig = group(GenerateConfig)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every set and score is measured, and attacks and samples are."""
+        return self.suite in ("full", "paper")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -101,7 +101,9 @@ def compute_on_ray(network: nn.Module, config: RunConfig, workers: int, progress
             actors = [actor.remote(held, rank, workers) for rank in range(workers)]
             images = {name: ray.put(subjects.of(name)) for name in {which.images for which in subjects.passes}}
             pending: dict[Any, Pass] = {
-                one.run.remote(which, images[which.images]): which for which in subjects.passes for one in actors
+                one.run.remote(which, images[which.images], subjects.labels.get(which.images)): which
+                for which in subjects.passes
+                for one in actors
             }
             found: dict[Pass, Tensor] = {}
             while pending:
@@ -136,9 +138,10 @@ class _Evaluator:
         self.network.to(self.like.device)
         self.part = Part(rank, workers)
 
-    def run(self, which: Pass, images: Tensor) -> Tensor:
+    def run(self, which: Pass, images: Tensor, labels: Tensor | None) -> Tensor:
         settings = self.config.evaluate
-        return run_pass(self.network, which, images, self.config, settings, self.part, self.like).cpu()
+        part = run_pass(self.network, which, images, self.config, settings, self.part, self.like, labels=labels)
+        return part.cpu()
 
 
 @contextmanager

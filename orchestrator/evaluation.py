@@ -22,10 +22,11 @@ from jem.data.sources import load
 from jem.errors import ConfigError, DataError, Problem
 from jem.evaluate import others
 from jem.evaluate.against import against as compare
+from jem.evaluate.extractors import shipped
 from jem.evaluate.measured import Measured
 from jem.evaluate.report import SCHEMA
 from jem.evaluate.suite import FAST_SETS, Dealt, evaluate
-from jem.settings import digest
+from jem.settings import digest, flatten
 from orchestrator.evaluate_on import Progress, compute_in_this_process, compute_on_ray
 from orchestrator.facts import facts
 from orchestrator.opened import Opened, open_model
@@ -54,7 +55,7 @@ def evaluate_model(source: str, other: str | None, arguments: Sequence[str], con
     workers, arguments = _workers(arguments)
     opened = [open_model(s, _fit_for(s, arguments) if other else arguments) for s in (source, other) if s is not None]
     if any(one.config.evaluate.suite == "none" for one in opened):
-        raise ConfigError([Problem("evaluate.suite", "is none, which measures nothing; give fast or full")])
+        raise ConfigError([Problem("evaluate.suite", "is none, which measures nothing; give fast, full or paper")])
     done = [report_of(one, workers) for one in opened]
     first = done[0]
     if other is None:
@@ -115,7 +116,7 @@ def report_of(opened: Opened, workers: int = 1) -> Done:
             compute = compute_on_ray(network, config, workers, progress)
         else:
             compute = compute_in_this_process(network, config, progress)
-        report, measured = evaluate(network, data, config, config.evaluate, compute)
+        report, measured = evaluate(network, data, config, config.evaluate, compute, opened.buffer)
     report["model"] |= {
         "source": opened.source,
         "name": opened.name,
@@ -154,7 +155,13 @@ def _key(opened: Opened) -> str:
     settings, config = opened.config.evaluate, opened.config
     described = {key: value for key, value in config.science.items() if key.startswith(("model.", "data."))}
     names: tuple[str, ...] = FAST_SETS
-    if settings.suite == "full":
+    further = {
+        "attack": [flatten(settings.attack), importlib.util.find_spec("foolbox") is not None],
+        "generate": [flatten(settings.generate), importlib.util.find_spec("torch_fidelity") is not None],
+        "buffer": opened.buffer is not None,
+        "extractors": shipped(),
+    }
+    if settings.complete:
         names = settings.sets or others.default_sets(config.data, opened.image_shape)[0]
     return digest(
         {
@@ -165,6 +172,7 @@ def _key(opened: Opened) -> str:
             "noise_std": settings.noise_std,
             "max_images": settings.max_images,
             "sets": {name: others.fingerprint(name, config.data) for name in names},
+            "further": further if settings.complete else None,
             "baselines": importlib.util.find_spec("pytorch_ood") is not None,
             "precision": config.precision,
             "device": "cpu" if config.device == "cpu" or not torch.cuda.is_available() else "cuda",

@@ -42,7 +42,7 @@ def launch(config: RunConfig, fresh: bool = False) -> Result:
     assert config.name
     root = storage / config.name
     check_folder(config)
-    if config.evaluate.suite == "full":
+    if config.evaluate.complete:
         check_sets(config.evaluate.sets, config.data)  # now, not when all is trained
     with lock(root):
         record = open_record(root, config, fresh)

@@ -23,11 +23,15 @@ from jem.files import Location
 from jem.models import make_network
 from jem.settings import Entry, build
 from jem.train import dtype_of
+from jem.world import World
 from orchestrator.config import RunConfig, anchored, mistakes, parse_arguments, read_recipe
 from orchestrator.registry import SCHEMES, model_folder
 from orchestrator.runs import read_record
 
-MEASURED = ("evaluate.suite", "evaluate.sets", "evaluate.max_images", "evaluate.noise_std")
+MEASURED = (
+    *("evaluate.suite", "evaluate.sets", "evaluate.max_images", "evaluate.noise_std"),
+    *("evaluate.attack.", "evaluate.generate."),
+)
 FREE = (*MEASURED, "data.root", "data.download", "device", "storage_path", "tracking.")
 """Settings that may differ from those of the training: they say where and what is measured, not of which model."""
 
@@ -52,6 +56,7 @@ class Opened:
     facts: Mapping[str, str] = field(default_factory=dict)  # versions and code of its training
     run_folder: Path | None = None  # of the run that trained it, where it is on this machine
     mlflow: Mapping[str, Any] = field(default_factory=dict)  # uri, experiment, run_id of that run, as far as known
+    buffer: Callable[[], Tensor] | None = field(default=None, repr=False)  # the chains of its checkpoint, [n, c, h, w]
 
     def network(self) -> nn.Module:
         """The network with its weights, in eval mode. Raises CheckpointError for damaged ones."""
@@ -99,13 +104,14 @@ def open_model(source: str, arguments: Sequence[str] = ()) -> Opened:
 def _of_checkpoint(source: str, directory: Location, changes: Mapping[str, Entry]) -> Opened:
     manifest = checkpoint.read_manifest(directory)
     info, file = manifest.info, f"{manifest.info['final']}.safetensors"
+    config = _config(info["config"], changes, FREE)
     root = directory.parent.parent
     record = read_record(root)
     return Opened(
         source=source,
         name=record.name if record else str(info["config"].get("name") or root.name),
         digest=manifest.files[file]["sha256"],
-        config=_config(info["config"], changes, FREE),
+        config=config,
         image_shape=_shape(info["image_shape"]),
         n_classes=len(info["classes"]),
         read=lambda: manifest.tensors(file),
@@ -116,7 +122,15 @@ def _of_checkpoint(source: str, directory: Location, changes: Mapping[str, Entry
         facts=info["facts"],
         run_folder=root.local if root.is_local and record else None,
         mlflow=record.mlflow if record else {},
+        buffer=chains_of(manifest, config),
     )
+
+
+def chains_of(manifest: checkpoint.Manifest, config: RunConfig) -> Callable[[], Tensor] | None:
+    """Reads the replay buffer of a checkpoint, [capacity, c, h, w]; None for a classifier, which has none."""
+    if not config.objective.samples_needed:
+        return None
+    return lambda: checkpoint.read_chains(manifest, World(), config.replay.capacity).positions(dtype_of(config))
 
 
 def _of_mlflow(source: str, changes: Mapping[str, Entry]) -> Opened:

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-
-from jem.errors import ConfigError, Problem
 
 Classifier = Callable[[Tensor], Tensor]
 """Images [n, c, h, w] on [0, 1] to logits [n, C]."""
@@ -28,13 +27,15 @@ HALVED = (0.001, 0.005, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8)
 
 def norm_of(change: Float[Tensor, "n ..."], norm: str) -> Float[Tensor, " n"]:
     """The norm of each image's perturbation."""
-    return torch.linalg.vector_norm(change.flatten(1), NORMS[norm], dim=1)
+    length: Tensor = torch.linalg.vector_norm(change.flatten(1), NORMS[norm], dim=1)
+    return length
 
 
 def margin(logits: Float[Tensor, "n c"], labels: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
     """How far the right class is ahead of the best other: below 0 the answer is wrong."""
     right = logits.gather(1, labels[:, None]).squeeze(1)
-    return right - logits.scatter(1, labels[:, None], -math.inf).amax(dim=1)
+    other: Tensor = logits.scatter(1, labels[:, None], -math.inf).amax(dim=1)
+    return right - other
 
 
 def loss_of(logits: Float[Tensor, "n c"], labels: Int[Tensor, " n"], kind: str) -> Float[Tensor, " n"]:
@@ -115,9 +116,9 @@ def square(
 ) -> Float[Tensor, "n c h w"]:
     """Random search with square windows, without a gradient (Square Attack, Andriushchenko et al., 2020).
 
-    linf: the paper's, stripes first, then windows of +-eps a channel. l2: windows added to the perturbation, which is
-    then scaled back to length eps, in place of the paper's exchange of mass between two windows.
-    A change is kept where the margin falls.
+    linf: the paper's, stripes first, then windows of +-eps a channel. l2: noise first, then windows added to the
+    perturbation, which is then scaled back to length eps, in place of the paper's exchange of mass between two
+    windows. A change is kept where the margin falls.
     """
     n, c, h, w = images.shape
 
@@ -137,7 +138,8 @@ def square(
         if norm == "linf":
             tried = torch.where(window, images + eps * signs(n, c, 1, 1), best)
         else:
-            tried = best + window * signs(n, c, 1, 1) * (eps / math.sqrt(c * side * side))
+            change = best - images + window * signs(n, c, 1, 1) * (eps / math.sqrt(c * h * w))
+            tried = images + change * (eps / norm_of(change, norm).clamp_min(1e-12))[:, None, None, None]
         tried = project(tried, images, norm, eps)
         found = margin(classify(tried), labels)
         better = found < lowest
@@ -170,19 +172,24 @@ def of_foolbox(
     fmn (linf, Pintor et al., 2021), ddn (l2, Rony et al., 2018), cw (l2, Carlini & Wagner, 2017; `steps` in each of
     5 searches for its constant). Its noise comes from torch's global generators, which are put back.
     """
-    import foolbox
+    from foolbox.attacks.carlini_wagner import L2CarliniWagnerAttack
+    from foolbox.attacks.ddn import DDNAttack
+    from foolbox.attacks.fast_minimum_norm import LInfFMNAttack
+    from foolbox.criteria import Misclassification
+    from foolbox.models.pytorch import PyTorchModel
 
-    attacks = {
-        "fmn": lambda: foolbox.attacks.LInfFMNAttack(steps=steps),
-        "ddn": lambda: foolbox.attacks.DDNAttack(steps=steps),
-        "cw": lambda: foolbox.attacks.L2CarliniWagnerAttack(steps=steps, binary_search_steps=5, initial_const=1.0),
+    made: dict[str, Callable[[], Any]] = {
+        "fmn": lambda: LInfFMNAttack(steps=steps),
+        "ddn": lambda: DDNAttack(steps=steps),
+        "cw": lambda: L2CarliniWagnerAttack(steps=steps, stepsize=0.1, binary_search_steps=5, initial_const=1.0),
     }
-    model = foolbox.PyTorchModel(_AsModule(classify).eval(), bounds=(0, 1), device=images.device)
+    model = PyTorchModel(_AsModule(classify).eval(), bounds=(0, 1), device=images.device)
     devices = [images.device] if images.device.type == "cuda" else []
     with torch.random.fork_rng(devices), torch.enable_grad():
         torch.manual_seed(seed)
-        found, _, _ = attacks[name]()(model, images, foolbox.criteria.Misclassification(labels), epsilons=None)
-    return found.detach()  # type: ignore[no-any-return]
+        found, _, _ = made[name]()(model, images, Misclassification(labels), epsilons=None)
+    nearest: Tensor = found.detach()
+    return nearest
 
 
 class _AsModule(nn.Module):
@@ -194,12 +201,3 @@ class _AsModule(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.function(x)
-
-
-def require_foolbox() -> None:
-    """Raise ConfigError where the minimum-norm attacks cannot be had."""
-    try:
-        import foolbox  # noqa: F401
-    except ImportError as error:
-        remedy = "pip install foolbox"
-        raise ConfigError([Problem("evaluate.suite", f"needs foolbox for its attacks ({error}): {remedy}")]) from error

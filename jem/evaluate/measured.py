@@ -23,6 +23,8 @@ class Measured:
     labels: dict[str, Tensor]  # of the same, [n]
     scores: dict[str, dict[str, Tensor]]  # of test and of each set of outliers: score to [n], float64
     left_out: dict[str, str] = field(default_factory=dict)  # scores and sets that are not there, and why
+    attacked: dict[str, Tensor] = field(default_factory=dict)  # images on [0, 1], labels, K/... (see robustness.py)
+    samples: dict[str, Tensor] = field(default_factory=dict)  # of each sampler, uint8 [n, c, h, w]
 
     @property
     def outliers(self) -> tuple[str, ...]:
@@ -32,6 +34,8 @@ class Measured:
         tensors = {f"logits/{name}": value for name, value in self.logits.items()}
         tensors |= {f"labels/{name}": value for name, value in self.labels.items()}
         tensors |= {f"scores/{images}/{k}": v for images, found in self.scores.items() for k, v in found.items()}
+        tensors |= {f"attacked/{name}": value for name, value in self.attacked.items()}
+        tensors |= {f"samples/{name}": value for name, value in self.samples.items()}
         content = {key: value.contiguous() for key, value in tensors.items()}
         save_file(content, path, metadata={"order": json.dumps(list(content))})
 
@@ -41,9 +45,10 @@ class Measured:
         made = cls({}, {}, {})
         with safe_open(path, "pt") as file:
             for key in json.loads(file.metadata()["order"]):
-                kind, name, *score = key.split("/")
+                kind, _, name = key.partition("/")
                 if kind == "scores":
-                    made.scores.setdefault(name, {})[score[0]] = file.get_tensor(key)
+                    images, _, score = name.partition("/")
+                    made.scores.setdefault(images, {})[score] = file.get_tensor(key)
                 else:
                     getattr(made, kind)[name] = file.get_tensor(key)
         return made

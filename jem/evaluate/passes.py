@@ -6,6 +6,8 @@ A pass is cut into batches that are fixed (`over_random_batches`), so its result
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -14,21 +16,29 @@ from torch import Tensor, nn
 from jem.config import EvaluateConfig, JEMConfig
 from jem.data.augment import to_float
 from jem.data.splits import Split
+from jem.energy import energy_fn
 from jem.errors import ConfigError
-from jem.evaluate import baselines, scores
-from jem.evaluate.evaluate import over_random_batches
+from jem.evaluate import baselines, robustness, scores
+from jem.evaluate.evaluate import BATCH, over_random_batches
+from jem.evaluate.generation import DIAGNOSTICS, chain_diagnostics, fresh
+from jem.evaluate.sampled import lengths
 from jem.train import autocast, frozen_logits
 from jem.world import World
 
 FORWARDS = {"logits": 1, "features": 1, "approx_mass": 3, "odin": 4, "refinement": 2 * scores.RELEASED.steps + 2}
 """What a pass over an image costs, in forward passes."""
 
-Function = Callable[[Tensor, torch.Generator], Tensor]
-"""From a batch [n, c, h, w] on [-1, 1] and a stream of randomness to a row an image."""
+Function = Callable[..., Tensor]
+"""From a batch [n, c, h, w] on [-1, 1], a stream of randomness, and the labels [n] of a set that has them here, to a
+row an image."""
 
 
 class Pass(NamedTuple):
-    """`what`, a key of `FORWARDS`, of every image of the set `images`: validation, test, train or a set of outliers."""
+    """`what` of every image of the set `images`.
+
+    Sets: validation, test, train, a set of outliers; attacked (test images), noise, and starts of chains.
+    What: a key of `FORWARDS`; attack/K, distal, fresh, chains.
+    """
 
     images: str
     what: str
@@ -41,16 +51,35 @@ class Part(World):
         return values
 
 
-def needed(suite: str, outliers: tuple[str, ...], left_out: Mapping[str, str]) -> list[Pass]:
-    """The passes of a suite. `left_out`: baselines that cannot be computed (see `baselines_left_out`)."""
+def needed(complete: bool, outliers: tuple[str, ...], left_out: Mapping[str, str]) -> list[Pass]:
+    """The passes over images that are scored. `left_out`: baselines that cannot be had (see `baselines_left_out`)."""
     compared = ("test", *outliers)
     whats = ["logits", "approx_mass"]
-    if suite == "full":
+    if complete:
         whats.append("refinement")
         whats += ["odin"] if "odin" not in left_out else []
         whats += ["features"] if "vim" not in left_out else []
     passes = [Pass("validation", "logits"), *(Pass(images, what) for images in compared for what in whats)]
     return [*passes, Pass("train", "features")] if "features" in whats else passes
+
+
+def of_attacks(config: JEMConfig, settings: EvaluateConfig) -> list[Pass]:
+    """A classifier refines nothing: its chains were never trained."""
+    ks = settings.attack.refine if config.objective.samples_needed else (0,)
+    return [*(Pass("attacked", f"attack/{k}") for k in ks), Pass("noise", "distal")]
+
+
+def of_samples(config: JEMConfig) -> list[Pass]:
+    """Chains from the prior, those that are scored and those that are watched."""
+    return [Pass("fresh starts", "fresh"), Pass("chain starts", "chains")] if config.objective.samples_needed else []
+
+
+def cost(what: str, config: JEMConfig, settings: EvaluateConfig) -> int:
+    """What a pass over an image costs, in forward passes."""
+    if what.startswith("attack/"):
+        return robustness.cost(settings, int(what.removeprefix("attack/")))
+    length, marks = lengths(config, settings)
+    return (FORWARDS | {"distal": 3 * 200, "fresh": 3 * length, "chains": 3 * marks[-1]})[what]
 
 
 def run_pass(
@@ -62,21 +91,31 @@ def run_pass(
     world: World,
     like: Tensor,
     on_batch: Callable[[int], None] = lambda _: None,
+    labels: Tensor | None = None,
 ) -> Tensor:
     """The pass' rows [n, ...] for float images [n, c, h, w]; `on_batch` is told how many images each batch had."""
-    function = functions(network, config)[which.what]
+    function = functions(network, config, settings)[which.what]
 
-    def counted(x: Tensor, generator: torch.Generator) -> Tensor:
-        value = function(x, generator)
+    def counted(x: Tensor, generator: torch.Generator, *labels: Tensor) -> Tensor:
+        value = function(x, generator, *labels)
         on_batch(len(x))
         return value
 
-    return over_random_batches(counted, images, settings, world, like, which.images)
+    size, key = BATCH, which.images
+    if which.what not in FORWARDS:  # neither noise on their images, nor one stream for all
+        settings, key = replace(settings, noise_std=0.0), f"{which.images}: {which.what}"
+        size = robustness.BATCH if which.images == "attacked" else BATCH
+    return over_random_batches(counted, images, settings, world, like, key, labels, size)
 
 
-def functions(network: nn.Module, config: JEMConfig) -> dict[str, Function]:
-    """Each pass as a function of a batch, for a network in eval mode, in the precision it was trained in."""
+def functions(network: nn.Module, config: JEMConfig, settings: EvaluateConfig) -> dict[str, Function]:
+    """Each pass as a function of a batch, for a network in eval mode, in the precision it was trained in.
+
+    Attacks compute in float32: rounding to bf16 must not hide a gradient.
+    """
     logits = frozen_logits(network, config)
+    exact = frozen_logits(network, replace(config, precision="float32") if config.precision == "bf16" else config)
+    length, marks = lengths(config, settings)
 
     def features(x: Tensor, _: torch.Generator) -> Tensor:
         with autocast(config, x.device):
@@ -87,7 +126,18 @@ def functions(network: nn.Module, config: JEMConfig) -> dict[str, Function]:
         with torch.enable_grad():
             return baselines.odin(logits, x)
 
+    def attack(k: int, x: Tensor, generator: torch.Generator, labels: Tensor) -> Tensor:
+        return robustness.attack(exact, x, labels, k, config, settings, generator)
+
+    def chains(x: Tensor, generator: torch.Generator) -> Tensor:
+        found = chain_diagnostics(energy_fn(logits), x, marks, config.sgld, generator)
+        return torch.stack([found[key] for key in DIAGNOSTICS], dim=2)
+
     return {
+        **{f"attack/{k}": partial(attack, k) for k in (0, *settings.attack.refine)},
+        "distal": lambda x, _, labels: robustness.distal(exact, x, labels),
+        "fresh": lambda x, generator: fresh(logits, x, length, config.sgld, generator),
+        "chains": chains,
         "logits": lambda x, _: logits(x),
         "features": features,
         "approx_mass": lambda x, _: scores.approx_mass(logits, x),

@@ -43,6 +43,7 @@ def refined(
         for _ in range(k):
             step = partial(differentiable, x.requires_grad)
             position, _ = sgld_step(energy_fn(logits), position, config, generator, step)
-        return logits(position).unflatten(0, (copies, len(x))).mean(dim=0)
+        found = logits(position)
+        return found.view(copies, len(x), found.shape[1]).mean(dim=0)
 
     return classify

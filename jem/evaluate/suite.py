@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,10 +14,15 @@ from torch import Tensor, nn
 from jem.config import EvaluateConfig, JEMConfig
 from jem.data.augment import to_float
 from jem.data.sources import DataSet
-from jem.evaluate import others
+from jem.evaluate import others, passes
+from jem.evaluate.further import further
 from jem.evaluate.measured import Measured, assemble
-from jem.evaluate.passes import FORWARDS, Pass, baselines_left_out, needed, run_pass
+from jem.evaluate.passes import Pass, baselines_left_out, needed, run_pass
 from jem.evaluate.report import figures
+from jem.evaluate.robustness import counts
+from jem.evaluate.sampled import evenly, n_samples
+from jem.randomness import generator
+from jem.replay import sample_prior
 from jem.world import World
 
 FAST_SETS = ("interp", "uniform")
@@ -30,6 +36,8 @@ class Subjects:
     how: dict[str, str]  # of each set of outliers
     passes: list[Pass]
     left_out: dict[str, str]
+    labels: dict[str, Tensor] = field(default_factory=dict)  # [n], of the sets whose passes need them
+    costs: dict[str, int] = field(default_factory=dict)  # of a pass over an image, in forward passes
 
     def of(self, name: str) -> Tensor:
         return (
@@ -38,7 +46,7 @@ class Subjects:
 
     def cost(self, which: Pass) -> int:
         """In forward passes of an image."""
-        return FORWARDS[which.what] * len(self.images[which.images])
+        return self.costs[which.what] * len(self.images[which.images])
 
 
 Dealt = Callable[[Subjects], Mapping[Pass, Tensor]]
@@ -46,19 +54,26 @@ Dealt = Callable[[Subjects], Mapping[Pass, Tensor]]
 
 
 def evaluate(
-    network: nn.Module, data: DataSet, config: JEMConfig, settings: EvaluateConfig, compute: Dealt
+    network: nn.Module,
+    data: DataSet,
+    config: JEMConfig,
+    settings: EvaluateConfig,
+    compute: Dealt,
+    buffer: Callable[[], Tensor] | None = None,
 ) -> tuple[dict[str, Any], Measured]:
     """The suite `settings.suite` of a network: the report (see report.py) and the outputs it was made from.
 
     The test split is in-distribution; images are clean unless `settings.noise_std`. Temperature and threshold are
-    fitted on the validation split. Raises DivergedError if an output is not finite.
+    fitted on the validation split. `buffer`: reads the chains [n, c, h, w] of the replay buffer, where there is one.
+    Raises DivergedError if an output is not finite.
     """
     began = time.monotonic()
     sizes = {name: len(split) for name, split in data.splits.items()}
     digest, data = data.digest, replace(data, train=data.train.part())
     subjects = prepare(network, data, config, settings)
     labels = {"validation": data.validation.labels, "test": data.test.labels}
-    measured = assemble(compute(subjects), labels, network, subjects.left_out, data.train.labels)
+    found = compute(subjects)
+    measured = assemble(found, labels, network, subjects.left_out, data.train.labels)
     report = figures(measured, subjects.how, settings.suite)
     about = {"name": data.name, "digest": digest, "image_shape": list(data.image_shape)}
     report["data"] = about | {"classes": list(data.classes), "sizes": sizes}
@@ -69,6 +84,9 @@ def evaluate(
         "sets": list(measured.outliers),
     }
     report["model"] = {"parameters": sum(p.numel() for p in network.parameters())}
+    if settings.complete:
+        sections, measured = further(found, subjects, measured, data, config, settings, buffer)
+        report |= sections | {key: report[key] | sections[key] for key in ("metrics", "conventions")}
     return report | {"seconds": time.monotonic() - began}, measured
 
 
@@ -76,18 +94,50 @@ def prepare(network: nn.Module, data: DataSet, config: JEMConfig, settings: Eval
     """Load and adapt all sets. Raises ConfigError or DataError for one that was asked for and cannot be had."""
     test = to_float(data.test.images, torch.float32)
     images = {"validation": to_float(data.validation.images, torch.float32), "test": test}
-    how, left_out = {}, {}
+    how: dict[str, str] = {}
+    left_out: dict[str, str] = {}
+    labels: dict[str, Tensor] = {}
+    more: list[Pass] = []
     names: tuple[str, ...] = FAST_SETS
-    if settings.suite == "full":
+    if settings.complete:
         left_out = baselines_left_out(network, data.train)
         images["train"] = data.train.images
         names = settings.sets
         if not names:
             names, absent = others.default_sets(config.data, data.image_shape)
             left_out |= absent
+        more, without = _attacks_and_samples(config, settings)
+        left_out |= without
+        rows = evenly(len(test), counts(settings).images)
+        labels = {"attacked": data.test.labels[rows], "noise": torch.arange(len(data.classes))}
+        images |= {"attacked": test[rows], "noise": _noise("distal", len(data.classes), data, config)}
+        images["fresh starts"] = _noise("fresh", n_samples(settings), data, config)
+        images["chain starts"] = _noise("chains", settings.generate.chains, data, config)
     for key, name in others.check_sets(names, config.data).items():
         images[key], how[key] = others.load_outliers(name, test, config.data, settings.max_images)
-    return Subjects(images, how, needed(settings.suite, tuple(how), left_out), left_out)
+    todo = [*needed(settings.complete, tuple(how), left_out), *more]
+    costs = {which.what: passes.cost(which.what, config, settings) for which in todo}
+    return Subjects(images, how, todo, left_out, labels, costs)
+
+
+def _attacks_and_samples(config: JEMConfig, settings: EvaluateConfig) -> tuple[list[Pass], dict[str, str]]:
+    """Their passes, and what is left out with the reason."""
+    found, left_out = [], {}
+    if importlib.util.find_spec("foolbox") is None:
+        left_out["robust"] = "foolbox, which has the minimum-norm attacks, is not installed: pip install foolbox"
+    else:
+        found += passes.of_attacks(config, settings)
+    if not config.objective.samples_needed:
+        left_out |= dict.fromkeys(("gen", "chains"), "a plain classifier: it was trained without chains")
+        left_out["robust_k"] = "a plain classifier refines no image: its chains were never trained"
+    elif importlib.util.find_spec("torch_fidelity") is None:
+        left_out["gen"] = "torch-fidelity, which has FID and its kin, is not installed: pip install torch-fidelity"
+    return found + passes.of_samples(config), left_out
+
+
+def _noise(stream: str, n: int, data: DataSet, config: JEMConfig) -> Tensor:
+    """The prior, which holds no training image: [n, c, h, w], the same for every model of these data."""
+    return sample_prior(config.replay, (n, *data.image_shape), generator("cpu", "evaluate", stream, "starts"))
 
 
 def compute_here(
@@ -103,7 +153,8 @@ def compute_here(
     def compute(subjects: Subjects) -> dict[Pass, Tensor]:
         def run(which: Pass) -> Tensor:
             images = subjects.of(which.images)
-            return run_pass(network, which, images, config, settings, world, like, lambda n: on_batch(which, n))
+            labels = subjects.labels.get(which.images)
+            return run_pass(network, which, images, config, settings, world, like, lambda n: on_batch(which, n), labels)
 
         return {which: run(which) for which in subjects.passes}
 

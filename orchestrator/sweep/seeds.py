@@ -52,7 +52,7 @@ class SeedsResult(Result):
 def run_seeds(config: RunConfig, fresh: bool = False) -> SeedsResult:
     """Train with all seeds, or go on with those that are left, or read out what came of them."""
     check_folder(config)
-    if config.evaluate.suite == "full":
+    if config.evaluate.complete:
         check_sets(config.evaluate.sets, config.data)  # now, not when all is trained
     storage = shared_storage(config, "several seeds need")
     root = storage / f"{config.name}{SUFFIX}"

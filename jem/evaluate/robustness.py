@@ -1,0 +1,273 @@
+"""How small a change of an image changes the answer: JEM-0, JEM-1 and JEM-10 under every attack.
+
+A row for each attacked image holds the smallest norm that each attack found (see smallest.py), and the images found.
+Attacks run in float32, whatever precision the model was trained in: rounding must not hide a gradient.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from jem.config import EvaluateConfig, JEMConfig
+from jem.energy import Logits
+from jem.evaluate.attacks import Classifier, margin, of_foolbox, pgd, square
+from jem.evaluate.refined import refined
+from jem.evaluate.smallest import Smallest
+
+BATCH = 25
+"""Images attacked at once. Fixed, as noise is drawn for a batch; small, so that workers can share few images."""
+
+UNBOUNDED = 1.0
+"""The Linf eps within which every image lies: nothing withstands an attack that finds its way."""
+
+MIN_NORM = {"linf": ("fmn",), "l2": ("ddn", "cw")}
+
+
+class Counts(NamedTuple):
+    """How hard a suite attacks."""
+
+    images: int
+    steps: int
+    restarts: int
+    min_norm_steps: int
+    queries: int
+
+
+SUITES = {"full": Counts(100, 20, 2, 50, 200), "paper": Counts(1000, 40, 20, 500, 5000)}
+
+
+def counts(settings: EvaluateConfig) -> Counts:
+    """The suite's, but for what is set."""
+    suite, attack = SUITES[settings.suite], settings.attack
+    return Counts(*(getattr(attack, key) or value for key, value in suite._asdict().items()))
+
+
+def eps_of(settings: EvaluateConfig) -> dict[str, tuple[float, ...]]:
+    """The grid of each norm, ascending."""
+    return {"linf": settings.attack.linf, "l2": settings.attack.l2}
+
+
+def attacks_of(norm: str, k: int, suite: str) -> tuple[str, ...]:
+    """CW searches for its constant: through a refinement only in the suite `paper`."""
+    smallest = tuple(name for name in MIN_NORM[norm] if name != "cw" or k == 0 or suite == "paper")
+    return ("pgd", *smallest, "square")
+
+
+def columns(settings: EvaluateConfig, k: int, pixels: int) -> dict[str, int]:
+    """What a row of `attack` holds, in order, and how many numbers each part has."""
+    found = {"wrong": 1, "unbounded": 1}
+    for norm, grid in eps_of(settings).items():
+        found |= {f"{norm}/{name}": 1 for name in attacks_of(norm, k, settings.suite)}
+        found[f"{norm}/adversarial"] = pixels
+        if k == 0:
+            found |= {f"{norm}/transfer/{eps:g}": pixels for eps in grid}
+    return found
+
+
+def split(rows: Float[Tensor, "n columns"], settings: EvaluateConfig, k: int, pixels: int) -> dict[str, Tensor]:
+    """The parts of rows by name: [n], or [n, pixels]."""
+    widths = columns(settings, k, pixels)
+    parts = torch.split(rows, list(widths.values()), dim=1)
+    return {name: part if part.shape[1] > 1 else part[:, 0] for name, part in zip(widths, parts, strict=True)}
+
+
+def cost(settings: EvaluateConfig, k: int) -> int:
+    """Of an image, in forward passes, about."""
+    many = counts(settings)
+    gradient = 3 if k == 0 else settings.attack.copies * (9 * k + 3)
+    answer = 1 if k == 0 else settings.attack.copies * (3 * k + 1)
+    total = 0
+    for norm, grid in eps_of(settings).items():
+        total += len(grid) * many.restarts * many.steps * gradient // 2  # images that are broken are left alone
+        steps = sum(5 if name == "cw" else name in ("ddn", "fmn") for name in attacks_of(norm, k, settings.suite))
+        total += steps * many.min_norm_steps * gradient
+        total += many.queries * answer * (len(grid) if k == 0 else 1) // 2
+        total += len(grid) * many.steps * gradient if k == 0 else 0
+    return total
+
+
+@torch.no_grad()
+def attack(
+    logits: Logits,
+    x: Float[Tensor, "n c h w"],
+    labels: Int[Tensor, " n"],
+    k: int,
+    config: JEMConfig,
+    settings: EvaluateConfig,
+    generator: torch.Generator,
+) -> Float[Tensor, "n columns"]:
+    """Attack images on [-1, 1]: the rows that `columns` describes.
+
+    The defence draws its noise from a stream that no attack sees. Every attack is offered the images that it has not
+    yet broken; its candidates count where the defence, with its own noise, gets them wrong.
+    """
+    images = (x + 1) / 2
+    of_attack, of_defence = _stream(generator), _stream(generator)
+
+    def jem(noise: torch.Generator) -> Classifier:
+        return refined(logits, k, config.sgld, settings.attack.copies, settings.attack.copy_noise, noise)
+
+    defended, seen = jem(of_defence), jem(of_attack)
+    wrong = margin(defended(images), labels) <= 0
+    many = counts(settings)
+    values: dict[str, Tensor] = {"wrong": wrong}
+    rows = (~wrong).nonzero()[:, 0]
+    far = Smallest(images, labels, "linf", wrong)
+    values["unbounded"] = wrong.clone()
+    if len(rows):
+        reached = pgd(seen, images[rows], labels[rows], "linf", UNBOUNDED, many.steps, of_attack, "margin")
+        values["unbounded"][rows] = far.offer(rows, reached, defended, UNBOUNDED)
+    for norm, grid in eps_of(settings).items():
+        found = {name: Smallest(images, labels, norm, wrong) for name in attacks_of(norm, k, settings.suite)}
+        for eps, name, restart in _plan(grid, k, many.restarts):
+            rows = (found[name].found > eps).nonzero()[:, 0]
+            if not len(rows):
+                continue
+            if name == "pgd":
+                loss = ("cross-entropy", "margin")[restart % 2]
+                made = pgd(seen, images[rows], labels[rows], norm, eps, many.steps, of_attack, loss)
+            else:
+                made = square(seen, images[rows], labels[rows], norm, eps, many.queries, of_attack)
+            found[name].offer(rows, made, defended, eps)
+        rows = (~wrong).nonzero()[:, 0]
+        for name in (n for n in found if n in MIN_NORM[norm] and len(rows)):
+            seed = int(torch.randint(2**31, (), generator=of_attack, device=of_attack.device))
+            made = of_foolbox(name, seen, images[rows], labels[rows], many.min_norm_steps, seed)
+            found[name].offer(rows, made, defended, None)
+        values |= {f"{norm}/{name}": smallest.found for name, smallest in found.items()}
+        values[f"{norm}/adversarial"] = _nearest(list(found.values()))
+        for eps in grid if k == 0 else ():
+            made = pgd(seen, images, labels, norm, eps, many.steps, of_attack, "margin")
+            values[f"{norm}/transfer/{eps:g}"] = made
+    order = columns(settings, k, x[0].numel())
+    return torch.cat([values[name].to(x.dtype).reshape(len(x), width) for name, width in order.items()], dim=1)
+
+
+def _plan(grid: tuple[float, ...], k: int, restarts: int) -> Iterator[tuple[float, str, int]]:
+    """PGD at every eps and restart, the nearest first; the square attack at every eps of JEM-0, else at the middle."""
+    for eps in grid:
+        yield from ((eps, "pgd", restart) for restart in range(restarts))
+    for eps in grid if k == 0 else (grid[len(grid) // 2],):
+        yield eps, "square", 0
+
+
+def _nearest(found: list[Smallest]) -> Tensor:
+    """The nearest adversarial image of all attacks; the image itself where there is none."""
+    norms = torch.stack([one.found for one in found])
+    images = torch.stack([one.adversarials for one in found])
+    return images[norms.argmin(dim=0), torch.arange(images.shape[1], device=images.device)]
+
+
+def _stream(generator: torch.Generator) -> torch.Generator:
+    """Another stream that this one decides."""
+    seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
+    return torch.Generator(generator.device).manual_seed(seed)
+
+
+def distal(
+    logits: Logits, x: Float[Tensor, "n c h w"], labels: Int[Tensor, " n"], target: float = 0.9, steps: int = 1000
+) -> Float[Tensor, "n columns"]:
+    """From noise to an image that the model is sure of: ascend log p(y|x) until p(y|x) > `target`.
+
+    Normalised steps of root mean square .02 within [-1, 1]. Rows: p(y|x), the steps it took, the image.
+    """
+    count = torch.zeros(len(x), device=x.device, dtype=x.dtype)
+    for _ in range(steps + 1):
+        with torch.enable_grad():
+            position = x.detach().requires_grad_(True)
+            log_p = logits(position).log_softmax(dim=1).gather(1, labels[:, None]).squeeze(1)
+            (gradient,) = torch.autograd.grad(log_p.sum(), position)
+        p = log_p.detach().exp()
+        going = p <= target
+        if not going.any() or count.max() == steps:
+            break
+        length = gradient.flatten(1).norm(dim=1).clamp_min(1e-30)
+        step = 0.02 * math.sqrt(x[0].numel()) / length * going
+        x = (x + step[:, None, None, None] * gradient).clamp(-1, 1)
+        count = count + going
+    return torch.cat([p[:, None].to(x.dtype), count[:, None], x.flatten(1)], dim=1)
+
+
+def wilson(hits: int, n: int) -> list[float]:
+    """[share, low, high]: 95 % interval of a share (Wilson, 1927), which has a width at 0 and at 1 too."""
+    z = 1.959964
+    share, spread = hits / n, z * z / n
+    middle = (share + spread / 2) / (1 + spread)
+    half = z * math.sqrt(share * (1 - share) / n + spread / (4 * n)) / (1 + spread)
+    return [share, max(0.0, middle - half), min(1.0, middle + half)]
+
+
+def accuracy_at(found: Float[Tensor, " n"], eps: float) -> list[float]:
+    """The share of images without an adversarial within eps, with its interval."""
+    return wilson(int((found > eps).sum()), len(found))
+
+
+BLACK_BOX = 0.05
+"""The share of images that random search alone may break before gradients are suspect."""
+
+
+def robust_figures(found: Mapping[int, Mapping[str, Tensor]], settings: EvaluateConfig, config: JEMConfig) -> Any:
+    """The report's section: of each k what `split` has."""
+    n = len(next(iter(found.values()))["wrong"])
+    attack = settings.attack
+    return {
+        "n": n,
+        "counts": counts(settings)._asdict() | {"copies": attack.copies},
+        "refine": {
+            "step_size": config.sgld.step_size,
+            "noise_scale": config.sgld.noise_scale,
+            "copy_noise": attack.copy_noise,
+        },
+        "k": {str(k): _of_k(k, parts, settings) for k, parts in found.items()},
+    }
+
+
+def _of_k(k: int, parts: Mapping[str, Tensor], settings: EvaluateConfig) -> dict[str, Any]:
+    wrong = parts["wrong"] > 0
+    norms, black_box, largest = {}, {}, 0.0
+    for norm, grid in eps_of(settings).items():
+        names = attacks_of(norm, k, settings.suite)
+        by_attack = {name: _rounded(parts[f"{norm}/{name}"]) for name in names}
+        by_attack["worst"] = torch.stack(list(by_attack.values())).amin(dim=0)
+        norms[norm] = {
+            "eps": list(grid),
+            "accuracy": {name: [accuracy_at(found, eps) for eps in grid] for name, found in by_attack.items()},
+            "found": {
+                name: [v if math.isfinite(v) else None for v in found.tolist()] for name, found in by_attack.items()
+            },
+        }
+        searched = grid if k == 0 else (grid[len(grid) // 2],)
+        others = torch.stack([found for name, found in by_attack.items() if name not in ("square", "worst")])
+        alone = [int(((by_attack["square"] <= eps) & (others.amin(dim=0) > eps)).sum()) for eps in searched]
+        black_box[norm] = {"by_square_alone": max(alone), "n": len(wrong), "ok": max(alone) <= BLACK_BOX * len(wrong)}
+        if norm == "linf":
+            largest = norms[norm]["accuracy"]["worst"][-1][0]  # type: ignore[index]
+    unbounded = 1 - (parts["unbounded"] > 0).double().mean().item()
+    budget = {"eps": UNBOUNDED, "accuracy": unbounded, "worst": largest, "ok": unbounded <= largest}
+    return {
+        "clean": wilson(int((~wrong).sum()), len(wrong)),
+        "norms": norms,
+        "masking": {"larger_budget": budget, "black_box": black_box},
+    }
+
+
+def _rounded(found: Tensor) -> Tensor:
+    """To 6 digits, float64: the float32 next to an eps of 0.2 is beyond it."""
+    return torch.tensor([float(f"{norm:.6g}") for norm in found.tolist()], dtype=torch.float64)
+
+
+def robust_metrics(section: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    """`robust/<norm>/<eps>/<attack>/accuracy`; JEM-k: `robust_k<k>/...`, and `clean/accuracy` of each."""
+    for k, of_k in section["k"].items():
+        prefix = "robust" if k == "0" else f"robust_k{k}"
+        yield f"{prefix}/clean/accuracy", of_k["clean"][0]
+        for norm, found in of_k["norms"].items():
+            for name, values in found["accuracy"].items():
+                for eps, value in zip(found["eps"], values, strict=True):
+                    yield f"{prefix}/{norm}/{eps:g}/{name}/accuracy", value[0]
