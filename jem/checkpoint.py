@@ -24,12 +24,13 @@ import torch
 from safetensors.torch import load as parse_tensors
 from torch import Tensor
 
+from jem.config import JEMConfig
 from jem.errors import CheckpointError
 from jem.files import Location
 from jem.optim import load_optimizer_tensors
 from jem.randomness import generator
 from jem.replay import Stored
-from jem.train import TrainState
+from jem.train import TrainState, dtype_of
 from jem.world import World
 
 SCHEMA = 2
@@ -178,6 +179,16 @@ def read_chains(manifest: Manifest, world: World, capacity: int) -> Stored:
                 raise CheckpointError(f"{found}, replay.capacity={capacity} makes it {held.stop - held.start}")
             pieces.append(shard[begin - held.start : end - held.start])
     return Stored(torch.cat(pieces), bound)
+
+
+def chains_of(manifest: Manifest, config: JEMConfig) -> Callable[[], Tensor] | None:
+    """Reads all chains of the replay buffer [capacity, c, h, w]; None for a classifier, which has none.
+
+    It raises CheckpointError for shards that are damaged.
+    """
+    if not config.objective.samples_needed:
+        return None
+    return lambda: read_chains(manifest, World(), config.replay.capacity).positions(dtype_of(config))
 
 
 def load_weights(network: torch.nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:

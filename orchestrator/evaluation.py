@@ -11,7 +11,7 @@ import importlib.util
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,14 @@ from jem.data.sources import load
 from jem.errors import ConfigError, DataError, Problem
 from jem.evaluate import others
 from jem.evaluate.against import against as compare
+from jem.evaluate.against import transfer
 from jem.evaluate.extractors import shipped
 from jem.evaluate.measured import Measured
 from jem.evaluate.report import SCHEMA
 from jem.evaluate.suite import FAST_SETS, Dealt, evaluate
 from jem.settings import digest, flatten
-from orchestrator.evaluate_on import Progress, compute_in_this_process, compute_on_ray
+from jem.train import frozen_logits
+from orchestrator.evaluate_on import Progress, compute_in_this_process, compute_on_ray, one_thread
 from orchestrator.facts import facts
 from orchestrator.opened import Opened, open_model
 from orchestrator.report_files import served_of, whole_folder, write_report
@@ -71,7 +73,7 @@ def evaluate_model(source: str, other: str | None, arguments: Sequence[str], con
         cached=all(each.cached for each in done),
     )
     if len(done) == 2:
-        comparison = _against(done[0], done[1])
+        comparison = _against(done[0], done[1], opened[0], opened[1])
         found = json.loads((comparison / "against.json").read_text())
         show_against(found, console)
         result.against = str(comparison / "against.json")
@@ -132,14 +134,20 @@ def report_of(opened: Opened, workers: int = 1) -> Done:
     return Done(folder, json.loads((folder / "report.json").read_text()), cached=False)
 
 
-def _against(first: Done, second: Done) -> Path:
-    """The comparison of two reports, kept beside the first."""
+def _against(first: Done, second: Done, one: Opened, two: Opened) -> Path:
+    """The comparison of two reports, and of each model on the other's adversarials, kept beside the first."""
     other = f"{second.report['model']['digest'][:8]}-{second.folder.name.rpartition('-')[2]}"
     folder = first.folder.parent / f"{first.folder.name}-against-{other}"
     if (folder / "against.json").exists():
         return folder
     outputs = [Measured.load(each.folder / "outputs.safetensors") for each in (first, second)]
     comparison = compare((first.report, outputs[0]), (second.report, outputs[1]))
+    if outputs[0].attacked and outputs[1].attacked:
+        networks = [
+            frozen_logits(opened.network(), replace(opened.config, precision="float32")) for opened in (one, two)
+        ]
+        with one_thread():
+            comparison["transfer"] = transfer((networks[0], networks[1]), (outputs[0], outputs[1]))
 
     def fill(target: Path) -> None:
         (target / "against.png").write_bytes(against_picture(comparison))

@@ -23,7 +23,6 @@ from jem.files import Location
 from jem.models import make_network
 from jem.settings import Entry, build
 from jem.train import dtype_of
-from jem.world import World
 from orchestrator.config import RunConfig, anchored, mistakes, parse_arguments, read_recipe
 from orchestrator.registry import SCHEMES, model_folder
 from orchestrator.runs import read_record
@@ -122,15 +121,8 @@ def _of_checkpoint(source: str, directory: Location, changes: Mapping[str, Entry
         facts=info["facts"],
         run_folder=root.local if root.is_local and record else None,
         mlflow=record.mlflow if record else {},
-        buffer=chains_of(manifest, config),
+        buffer=checkpoint.chains_of(manifest, config),
     )
-
-
-def chains_of(manifest: checkpoint.Manifest, config: RunConfig) -> Callable[[], Tensor] | None:
-    """Reads the replay buffer of a checkpoint, [capacity, c, h, w]; None for a classifier, which has none."""
-    if not config.objective.samples_needed:
-        return None
-    return lambda: checkpoint.read_chains(manifest, World(), config.replay.capacity).positions(dtype_of(config))
 
 
 def _of_mlflow(source: str, changes: Mapping[str, Entry]) -> Opened:

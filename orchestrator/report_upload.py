@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from jem.errors import ConfigError
+from jem.evaluate.against import transfer_metrics
+from jem.evaluate.sampled import gen_tags
 from jem.files import Location
 from orchestrator.config import shown
 from orchestrator.mlflow_run import MLflowRun, RunSpec
 from orchestrator.opened import Opened
-from orchestrator.outbox import Artifact, Item, Point, legal_name
+from orchestrator.outbox import Artifact, Item, Point, Tags, legal_name
 from orchestrator.tracking import default_uri
 from orchestrator.upload import reason
 
@@ -43,7 +45,9 @@ def send_report(opened: Opened, report: dict[str, Any], folder: Path) -> tuple[s
     )
     try:
         run = MLflowRun(spec, known, token=f"evaluation-{opened.digest}", resume=False)
-        items: list[Item] = _points(run, report, opened.step or 0) if folder.name in left else []
+        figures = report["metrics"] if folder.name in left else {}
+        items: list[Item] = _points(run, report, figures | _of_comparisons(folder.parent, left), opened.step or 0)
+        items += [Tags(gen_tags(report["gen"]))] if "gen" in report else []
         run.send([*items, *(Artifact(f"{folder.parent.name}/{name}") for name in left)], folder.parent.parent)
         if not known:
             run.terminate("FINISHED")
@@ -55,13 +59,22 @@ def send_report(opened: Opened, report: dict[str, Any], folder: Path) -> tuple[s
     return run.run_id, shown(uri), ""
 
 
-def _points(run: MLflowRun, report: dict[str, Any], step: int) -> list[Item]:
+def _of_comparisons(home: Path, names: list[str]) -> dict[str, float]:
+    """Accuracy on the adversarials of the models that this one is compared with."""
+    found: dict[str, float] = {}
+    for name in (name for name in names if "-against-" in name):
+        comparison = json.loads((home / name / "against.json").read_text())
+        found |= dict(transfer_metrics(comparison.get("transfer", {})))
+    return found
+
+
+def _points(run: MLflowRun, report: dict[str, Any], metrics: dict[str, float], step: int) -> list[Item]:
     """The report's figures, but for those that the run has: of the evaluation at the end of its training."""
     has = {(point.key, point.step, point.value) for point in run.history()} if not run.created else set()
     now = int(time.time() * 1000)
     noise = report["settings"]["noise_std"]
     prefix = f"noise{noise:g}/" if noise else ""  # of other images: not the run's own test figures
-    figures = {legal_name(prefix + key): value for key, value in report["metrics"].items()}
+    figures = {legal_name(prefix + key): value for key, value in metrics.items()}
     return [Point(key, value, now, step) for key, value in figures.items() if (key, step, value) not in has]
 
 

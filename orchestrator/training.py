@@ -22,6 +22,7 @@ from jem.data.sources import DataSet
 from jem.energy import Logits
 from jem.errors import DivergedError, JEMError
 from jem.evaluate.evaluate import over_batches, validate
+from jem.evaluate.sampled import gen_tags
 from jem.evaluate.suite import compute_here, evaluate
 from jem.files import Location
 from jem.health import Health
@@ -351,8 +352,12 @@ class Training:
         compute = compute_here(
             network, config, config.evaluate, self.world, self.like, lambda *_: self.watchdog.touch()
         )
-        self.evaluated, _ = evaluate(network, self.data, config, config.evaluate, compute)
+        assert self.saved is not None, "the last step has been saved"
+        buffer = checkpoint.chains_of(checkpoint.read_manifest(self.saved), config)
+        self.evaluated, _ = evaluate(network, self.data, config, config.evaluate, compute, buffer)
         self.log_metrics(self.evaluated["metrics"])
+        if "gen" in self.evaluated:
+            self.event("tags", tags=gen_tags(self.evaluated["gen"]))
 
     def calibrate(self) -> None:
         """What the final model needs to be used; on images without noise, as those will be that it is asked about."""

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from jem.energy import Logits
 from jem.errors import ConfigError
 from jem.evaluate import calibration_intervals, ood
 from jem.evaluate.intervals import Statistic, bootstrap, estimate, mean_of, percentile_intervals
 from jem.evaluate.measured import Measured
 from jem.evaluate.report import SCHEMA, plain
+from jem.evaluate.robustness import wilson
 from jem.randomness import generator
 
 BINNED = ("ece", "ece_equal_mass", "mce", "ece_classwise")
@@ -35,7 +38,8 @@ def against(first: tuple[Report, Measured], second: tuple[Report, Measured]) -> 
             f"{other['name']}, digest {other['digest'][:12]}); both must have the same test images"
         )
     models = [{key: report["model"][key] for key in ("name", "source", "digest")} for report in reports]
-    return {"schema": SCHEMA, "models": models, "rows": [*_of_test(reports, outputs), *_of_outliers(reports, outputs)]}
+    rows = [*_of_test(reports, outputs), *_of_outliers(reports, outputs), *_of_attacks(reports, outputs)]
+    return {"schema": SCHEMA, "models": models, "rows": rows}
 
 
 def _of_test(reports: tuple[Report, ...], outputs: tuple[Measured, ...]) -> Iterator[dict[str, Any]]:
@@ -59,6 +63,50 @@ def _of_outliers(reports: tuple[Report, ...], outputs: tuple[Measured, ...]) -> 
             sizes = (len(first.labels["test"]), len(first.scores[name][score]))
             values = [report["ood"][name]["scores"][score]["auroc"] for report in reports]
             yield _row("ood", f"ood/{name}/{score}/auroc", values, statistics, sizes, "higher", 0)
+
+
+def _of_attacks(reports: tuple[Report, ...], outputs: tuple[Measured, ...]) -> Iterator[dict[str, Any]]:
+    """Accuracy under the strongest attack, of the models that refine alike; none if other images were attacked."""
+    labels = [out.attacked.get("images", torch.zeros(0)) for out in outputs]
+    if any("robust" not in report for report in reports) or not torch.equal(*labels):
+        return
+    for k in (k for k in reports[0]["robust"]["k"] if k in reports[1]["robust"]["k"]):
+        for norm, one in reports[0]["robust"]["k"][k]["norms"].items():
+            sections = [one, reports[1]["robust"]["k"][k]["norms"][norm]]
+            found = [
+                torch.tensor([math.inf if v is None else v for v in section["found"]["worst"]], dtype=torch.float64)
+                for section in sections
+            ]
+            for eps in (eps for eps in one["eps"] if eps in sections[1]["eps"]):
+                values = [section["accuracy"]["worst"][section["eps"].index(eps)] for section in sections]
+                statistics = [mean_of((norms > eps).double()[:, None]) for norms in found]
+                name = f"robust{f'_k{k}' if k != '0' else ''}/{norm}/{eps:g}/worst/accuracy"
+                yield _row("robust", name, values, statistics, (len(found[0]),), "higher", 0)
+
+
+def transfer(logits: tuple[Logits, Logits], outputs: tuple[Measured, Measured]) -> dict[str, Any]:
+    """Each model's accuracy on adversarials that were made on the other, JEM-0: {norm: {eps, b_on_a, a_on_b}}.
+
+    Those of PGD at each eps, whether or not they fool the model that they were made on.
+    """
+    found: dict[str, Any] = {}
+    for name in (name for name in outputs[1].attacked if "/transfer/" in name and name in outputs[0].attacked):
+        _, norm, _, eps = name.split("/")
+        section = found.setdefault(norm, {"eps": [], "b_on_a": [], "a_on_b": []})
+        section["eps"].append(float(eps))
+        for way, model, maker in (("b_on_a", 0, 1), ("a_on_b", 1, 0)):
+            attacked = outputs[maker].attacked
+            with torch.no_grad():
+                answers = logits[model](2 * attacked[name].view_as(attacked["images"]) - 1).argmax(dim=1)
+            section[way].append(wilson(int((answers == attacked["labels"]).sum()), len(answers)))
+    return found
+
+
+def transfer_metrics(section: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    """`robust/<norm>/<eps>/transfer/accuracy` of the first model, attacked on the second."""
+    for norm, found in section.items():
+        for eps, value in zip(found["eps"], found["b_on_a"], strict=True):
+            yield f"robust/{norm}/{eps:g}/transfer/accuracy", value[0]
 
 
 def _auroc_of(inside: Tensor, outside: Tensor) -> Statistic:

@@ -65,12 +65,13 @@ def pgd(
     steps: int,
     generator: torch.Generator,
     loss: str = "cross-entropy",
+    random_start: bool = True,
 ) -> Float[Tensor, "n c h w"]:
-    """Projected gradient ascent from a random point (Madry et al., 2018), steps of 2.5 eps / steps.
+    """Projected gradient ascent (Madry et al., 2018), steps of 2.5 eps / steps, from a random point or the image.
 
     Returned is, for each image, the iterate of the lowest margin. `loss`: cross-entropy or margin.
     """
-    x = project(images + _random_within(images, norm, eps, generator), images, norm, eps)
+    x = project(images + _random_within(images, norm, eps, generator), images, norm, eps) if random_start else images
     best, lowest = x, torch.full((len(images),), math.inf, device=images.device)
     for step in range(steps + 1):
         with torch.enable_grad():

@@ -131,7 +131,8 @@ def attack(
                 continue
             if name == "pgd":
                 loss = ("cross-entropy", "margin")[restart % 2]
-                made = pgd(seen, images[rows], labels[rows], norm, eps, many.steps, of_attack, loss)
+                target = images[rows], labels[rows], norm, eps, many.steps
+                made = pgd(seen, *target, of_attack, loss, random_start=restart > 0)
             else:
                 made = square(seen, images[rows], labels[rows], norm, eps, many.queries, of_attack)
             found[name].offer(rows, made, defended, eps)

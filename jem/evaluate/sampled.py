@@ -83,6 +83,12 @@ def gen_metrics(section: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
         yield f"gen/{sampler}/nearest", found["nearest"]["median"]
 
 
+def gen_tags(section: Mapping[str, Any]) -> dict[str, str]:
+    """What a figure's name leaves open: which network its features are of."""
+    extractor = section["extractor"]
+    return {f"gen.{extractor['name']}": f"{extractor['of']} sha256:{extractor['sha256']}"}
+
+
 def chains_section(
     rows: Float[Tensor, "n marks figures"], marks: list[int], config: JEMConfig, data_energy: Tensor
 ) -> dict[str, Any]:

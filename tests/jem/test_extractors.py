@@ -202,9 +202,9 @@ def test_inception_is_torch_fidelitys_network_with_the_users_weights(inception_f
         feature_extractor_weights_path=str(inception_file),
     )
     expected = theirs(to_bytes(images[:3]).expand(-1, 3, -1, -1))
-    torch.testing.assert_close(features, expected[0])
-    torch.testing.assert_close(logits, expected[1])
-    assert features.std() > 0
+    for ours, their in zip((features, logits), expected, strict=True):
+        between = (their[0] - their[1]).abs().max()  # random weights tell images apart by little
+        assert (ours - their).abs().max() < 1e-2 * between
 
 
 class Exploit:

@@ -1,4 +1,6 @@
+import base64
 import json
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -8,26 +10,45 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 from torch import nn
 from toys import small
 
-from jem.config import EvaluateConfig
+from jem.config import AttackConfig, EvaluateConfig, GenerateConfig
 from jem.data.augment import to_float
 from jem.data.splits import DataSet, Split
 from jem.errors import ConfigError, DivergedError
 from jem.evaluate import ood, passes
-from jem.evaluate.against import BINNED, against
+from jem.evaluate.against import BINNED, against, transfer, transfer_metrics
+from jem.evaluate.attacks import norm_of
 from jem.evaluate.calibration import confidence_bins, ece
 from jem.evaluate.evaluate import BATCH, validate
+from jem.evaluate.extractors import to_bytes
 from jem.evaluate.intervals import Interval
 from jem.evaluate.measured import Measured
 from jem.evaluate.passes import Part, Pass, run_pass
 from jem.evaluate.report import plain
+from jem.evaluate.robustness import distal
 from jem.evaluate.suite import compute_here, evaluate, prepare
 from jem.world import World
 
 LIKE = torch.zeros(())
-CONFIG = small(data__name="parquet", data__root="/nowhere", data__crop_padding=0)  # images of no known data set
+CONFIG = small(
+    data__name="parquet", data__root="/nowhere", data__crop_padding=0, replay__reinit_prob=0.6
+)  # images of no known data set
 MADE = ("interp", "uniform", "gaussian", "constant", "rot90")
-FULL = EvaluateConfig(suite="full", sets=MADE)
-FEW = EvaluateConfig(suite="full", sets=("interp", "rot90"))
+GENTLE = {
+    "attack": AttackConfig(
+        images=7,
+        linf=(0.05, 0.2),
+        l2=(0.3, 1.0),
+        refine=(0, 2),
+        copies=2,
+        steps=4,
+        restarts=2,
+        min_norm_steps=8,
+        queries=9,
+    ),
+    "generate": GenerateConfig(samples=10, chains=2),
+}
+FULL = EvaluateConfig(suite="full", sets=MADE, **GENTLE)
+FEW = EvaluateConfig(suite="full", sets=("interp", "rot90"), **GENTLE)
 ALL_SCORES = {"log_px", "max_py", "approx_mass", "refine", "refine_l2"} | {
     *("msp", "energy", "odin", "mahalanobis", "vim", "knn")
 }
@@ -259,3 +280,117 @@ def test_passes_that_nobody_needs_are_not_made():
     without = passes.needed("full", ("interp",), dict.fromkeys(("odin", "vim"), "why"))
     assert {which.what for which in without} == {"logits", "approx_mass", "refinement"}
     assert ood.METRICS == ("auroc", "aupr_in", "aupr_out", "fpr95")
+
+
+def test_the_full_suite_attacks_jem_0_and_jem_k_and_more_attack_never_raises_accuracy(data):
+    report, measured = run(trained(data), data, FEW)
+    section = report["robust"]
+    assert section["n"] == 7
+    assert section["counts"] == {
+        "images": 7, "steps": 4, "restarts": 2, "min_norm_steps": 8, "queries": 9, "copies": 2
+    }  # fmt: skip
+    assert list(section["k"]) == ["0", "2"]
+    for k, of_k in section["k"].items():
+        prefix = "robust" if k == "0" else "robust_k2"
+        names = {"linf": ["pgd", "fmn", "square"], "l2": ["pgd", "ddn", *(["cw"] if k == "0" else []), "square"]}
+        for norm, found in of_k["norms"].items():
+            assert list(found["accuracy"]) == [*names[norm], "worst"]
+            for name, values in found["accuracy"].items():
+                shares = [value[0] for value in values]
+                assert shares == sorted(shares, reverse=True)
+                assert all(
+                    worst[0] <= share <= of_k["clean"][0]
+                    for worst, share in zip(found["accuracy"]["worst"], shares, strict=True)
+                )
+                for eps, share in zip(found["eps"], shares, strict=True):
+                    assert report["metrics"][f"{prefix}/{norm}/{eps:g}/{name}/accuracy"] == share
+                    norms = [math.inf if v is None else v for v in found["found"][name]]
+                    assert share == sum(v > eps for v in norms) / 7
+            nearest = measured.attacked[f"{k}/{norm}/adversarial"].view(7, 1, 4, 4) - measured.attacked["images"]
+            worst = torch.tensor([math.inf if v is None else v for v in found["found"]["worst"]])
+            there = worst.isfinite()
+            torch.testing.assert_close(norm_of(nearest, norm)[there].float(), worst[there], atol=1e-5, rtol=1e-5)
+        assert any(of_k["norms"]["l2"]["found"]["ddn"])  # a norm above 0: something was found
+
+
+def test_images_that_are_wrong_from_the_start_count_as_broken(data):
+    report, measured = run(trained(data), data, FEW)
+    wrong = (measured.attacked["0/wrong"] > 0).tolist()
+    assert 0 < sum(wrong) < 7
+    assert report["robust"]["k"]["0"]["clean"][0] == 1 - sum(wrong) / 7
+    found = report["robust"]["k"]["0"]["norms"]["linf"]["found"]["worst"]
+    assert [v == 0 for v in found] == wrong
+
+
+def test_samples_are_of_the_prior_and_of_the_buffer_and_a_classifier_has_none(data, generator):
+    buffer = torch.rand(30, 1, 4, 4, generator=generator) * 2 - 1
+    net = trained(data)
+    report, measured = evaluate(net, data, CONFIG, FEW, compute_here(net, CONFIG, FEW, World(), LIKE), lambda: buffer)
+    assert list(measured.samples) == ["fresh", "buffer"]
+    assert torch.equal(measured.samples["buffer"], to_bytes(buffer[::3]))
+    assert "no feature extractor" in report["left_out"]["gen"]  # of images of no known data set
+    assert report["chains"]["length"] == 5  # 3 steps, restarting with .6
+    assert report["chains"]["steps"][-1] == 500
+    assert report["metrics"]["chains/100x/energy"] == report["chains"]["energy"][-1][0]
+    for name in ("samples_fresh", "neighbours_fresh", "samples_buffer", "neighbours_buffer", "adversarials", "distal"):
+        packed = report["grids"][name]
+        assert len(base64.b64decode(packed["pixels"])) == math.prod(packed["shape"])
+    shown = np.frombuffer(base64.b64decode(report["grids"]["samples_buffer"]["pixels"]), np.uint8)
+    assert np.array_equal(shown, measured.samples["buffer"].numpy().ravel())
+    plain_classifier = small(
+        data__name="parquet", data__root="/nowhere", data__crop_padding=0, objective__p_x_weight=0.0
+    )
+    report, measured = run(net, data, FEW, plain_classifier)
+    assert list(report["robust"]["k"]) == ["0"]
+    assert not {"gen", "chains"} & set(report)
+    assert {"gen", "chains", "robust_k"} <= set(report["left_out"])
+    assert measured.samples == {}
+
+
+def test_a_buffer_is_said_to_be_missing_where_there_is_none(data):
+    report, measured = run(network(), data, FEW)
+    assert "a run's folder or checkpoint has one" in report["left_out"]["gen/buffer"]
+    assert list(measured.samples) == ["fresh"]
+
+
+def test_each_models_accuracy_on_the_others_adversarials_is_part_of_a_comparison(data):
+    nets = trained(data), network(3)
+    measured = [run(net, data, FEW)[1] for net in nets]
+    found = transfer((nets[0], nets[1]), (measured[0], measured[1]))
+    assert {norm: section["eps"] for norm, section in found.items()} == {"linf": [0.05, 0.2], "l2": [0.3, 1.0]}
+    made_on_b = measured[1].attacked["0/l2/transfer/1"].view(7, 1, 4, 4)
+    right = nets[0](2 * made_on_b - 1).argmax(dim=1) == measured[1].attacked["labels"]
+    assert found["l2"]["b_on_a"][1][0] == right.double().mean().item()
+    own = transfer((nets[0], nets[0]), (measured[0], measured[0]))
+    assert own["l2"]["b_on_a"] == own["l2"]["a_on_b"]
+    assert dict(transfer_metrics(found))["robust/l2/1/transfer/accuracy"] == found["l2"]["b_on_a"][1][0]
+
+
+class Stairs(nn.Module):
+    """A linear net that sees steps of .02: right and wrong as the linear one, with a gradient of 0 everywhere."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x):
+        return self.net((x / 0.02).round() * 0.02) + 0 * x.sum()
+
+
+def test_hidden_gradients_are_suspected_where_random_search_finds_what_no_gradient_does(data):
+    settings = replace(FEW, attack=replace(FEW.attack, images=40, linf=(0.3, 0.45), refine=(0,), queries=150))
+    open_net = trained(data)
+    for net, ok in ((open_net, True), (Stairs(open_net), False)):
+        report, _ = run(net, data, settings)
+        masking = report["robust"]["k"]["0"]["masking"]
+        assert (masking["black_box"]["linf"]["ok"] and masking["larger_budget"]["ok"]) is ok
+        assert masking["black_box"]["linf"]["by_square_alone"] > 5 or ok
+
+
+def test_distal_adversarials_are_images_that_the_model_is_sure_of(data):
+    net = trained(data)
+    rows = distal(net, torch.rand(2, 1, 4, 4) * 2 - 1, torch.arange(2))
+    images = rows[:, 2:].view(2, 1, 4, 4)
+    assert (rows[:, 0] > 0.9).all()
+    assert images.abs().max() <= 1
+    torch.testing.assert_close(net(images).softmax(dim=1).diag(), rows[:, 0])
