@@ -1,8 +1,8 @@
-"""Attacks and samples of a recipe and its classifier twin:  python benchmarks/robustness.py RECIPE --seeds 0-2 [--out FILE]
+"""Attacks on and samples of a JEM, and its classifier twin:  python benchmarks/robustness.py RECIPE [--seeds 0-2]
 
 For each seed: `jobs/train.py RECIPE`, `jobs/train.py RECIPE_classifier`, `jobs/evaluate.py A --against B`, suite full;
-and the samples of the JEM's earlier checkpoints, to see whether FID falls as training goes on. Runs and evaluations that
-are there in storage_path (./runs) are read, not made again. `key=value` goes to every command that knows it.
+and the samples of the JEM's earlier checkpoints, to see whether FID falls as training goes on. Runs and evaluations
+that are there in storage_path (./runs) are read, not made again. `key=value` goes to every command that knows it.
 """
 
 from __future__ import annotations

@@ -8,6 +8,16 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from orchestrator.config import DEFAULTS
+from orchestrator.report_further import (
+    chains_about,
+    chains_table,
+    gen_about,
+    gen_table,
+    masking_lines,
+    robust_about,
+    robust_sentences,
+    robust_tables,
+)
 from orchestrator.report_pictures import picture_names
 from orchestrator.report_table import (
     classification_rows,
@@ -199,10 +209,23 @@ def _metrics(report: dict[str, Any]) -> Iterator[str]:
             f"Below the threshold, so called outside: {called}."
         )
         yield _table(*ood_rows(entry))
-    robust = {key: value for key, value in report.get("metrics", {}).items() if key.startswith("robust/")}
-    if robust:
+    if robust := report.get("robust"):
         yield "### Robustness"
-        yield _table(("metric", "value"), [(_code(key), f"{value:.4f}") for key, value in robust.items()])
+        yield f"Accuracy under attack: {_text(robust_about(robust))}."
+        for title, (head, found) in robust_tables(robust):
+            yield f"**{_text(title)}**"
+            yield _table(head, [row for row in found if row[0] == "worst"])
+        yield "\n".join(f"- {_text(line)}" for line in masking_lines(robust))
+    if gen := report.get("gen"):
+        about, *hows = gen_about(gen)
+        yield "### Samples"
+        yield f"{_text(about[0].upper() + about[1:])}."
+        yield _table(*gen_table(gen))
+        yield "\n".join(f"- {_text(how)}" for how in hows)
+    if chains := report.get("chains"):
+        yield "### Chains"
+        yield f"{_text(chains_about(chains))}."
+        yield _table(*chains_table(chains))
     yield "### Conventions"
     yield "\n".join(f"- {_text(name)}: {_text(text)}" for name, text in conventions(report).items())
     if report.get("left_out"):
@@ -218,6 +241,14 @@ PICTURES = {
     "histograms.png": "How the scores are spread",
     "against.png": "Two models side by side",
     "against_reliability.png": "Accuracy by confidence of two models",
+    "robustness.png": "Accuracy against the size of an attack",
+    "adversarials.png": "Test images, and the nearest adversarials found",
+    "distal.png": "Images that the model is sure of, made from noise",
+    "samples_fresh.png": "Samples: chains from the prior, not selected",
+    "samples_buffer.png": "Samples: the replay buffer of the training, not selected",
+    "neighbours_fresh.png": "Samples from the prior, and the training images nearest to each",
+    "neighbours_buffer.png": "Samples of the replay buffer, and the training images nearest to each",
+    "chains.png": "What chains do in 100 times the steps of a training",
 }
 
 
@@ -247,8 +278,10 @@ def _limits(report: dict[str, Any] | None, facts: dict[str, Any]) -> Iterator[st
         lines += list(_measured_limits(report))
     else:
         lines.append("nothing was measured: neither accuracy, calibration nor detection is known")
-    if report is None or not any(key.startswith("robust/") for key in report.get("metrics", {})):
+    if report is None or "robust" not in report:
         lines.append("it was not tested against adversarial images")
+    else:
+        lines += list(robust_sentences(report["robust"]))
     if noise is not None:
         evaluated = report.get("settings", {}).get("noise_std", 0.0) if report else None
         ours = "" if evaluated is None else f"; the images evaluated had {f'{evaluated:g}' if evaluated else 'none'}"

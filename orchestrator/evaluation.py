@@ -33,6 +33,7 @@ from orchestrator.evaluate_on import Progress, compute_in_this_process, compute_
 from orchestrator.facts import facts
 from orchestrator.opened import Opened, open_model
 from orchestrator.report_files import served_of, whole_folder, write_report
+from orchestrator.report_images import against_robustness
 from orchestrator.report_pictures import against_picture, against_reliability
 from orchestrator.report_table import show_against, show_report
 from orchestrator.report_upload import send_report
@@ -152,6 +153,8 @@ def _against(first: Done, second: Done, one: Opened, two: Opened) -> Path:
     def fill(target: Path) -> None:
         (target / "against.png").write_bytes(against_picture(comparison))
         (target / "against_reliability.png").write_bytes(against_reliability(first.report, second.report))
+        if "robust" in first.report and "robust" in second.report:
+            (target / "against_robustness.png").write_bytes(against_robustness(first.report, second.report, comparison))
         (target / "against.json").write_text(json.dumps(comparison, indent=1, allow_nan=False))
 
     whole_folder(folder, fill)

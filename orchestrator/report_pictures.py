@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
+from orchestrator.report_images import drawings
 from orchestrator.report_table import UNDEFINED, WORDS, interval_text, parts, sections, shortened, verdict
 
 if TYPE_CHECKING:
@@ -41,7 +42,8 @@ def _drawings(report: dict[str, Any]) -> dict[str, Callable[[], bytes]]:
         "roc.png": (roc, report.get("roc")),
         "histograms.png": (histograms, report.get("histograms")),
     }
-    return {name: partial(function, report) for name, (function, found) in functions.items() if found}
+    drawn = {name: partial(function, report) for name, (function, found) in functions.items() if found}
+    return drawn | drawings(report)
 
 
 def reliability(report: dict[str, Any]) -> bytes:
@@ -237,7 +239,7 @@ def _panels(rows: Sequence[dict[str, Any]]) -> tuple[Panels, Panels]:
     upper: Panels = {}
     lower: Panels = {}
     for row in rows:
-        if row["group"] != "ood":
+        if row["group"] not in ("ood", "robust"):
             key = row["metric"].rsplit("/", 1)[-1]
             title = f"{WORDS.get(key, key)}, {row['better']} is better"
             label = "at temperature" if row["group"] == "after temperature" else "as it is"

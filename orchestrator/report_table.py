@@ -6,6 +6,16 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from orchestrator.report_further import (
+    chains_about,
+    chains_table,
+    gen_about,
+    gen_table,
+    masking_lines,
+    robust_about,
+    robust_tables,
+)
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -59,7 +69,28 @@ def show_report(report: dict[str, Any], console: Console) -> None:
         _say(console, f"\nout of distribution: {name}, {entry['n']:,} images: {entry['how']}")
         _say(console, f"share below the threshold: {interval_text(entry.get('called_outside'))}")
         _table(console, *ood_rows(entry))
+    _further(console, report)
     _notes(console, report)
+
+
+def _further(console: Console, report: dict[str, Any]) -> None:
+    """Attacks, samples and chains, where they were measured."""
+    if robust := report.get("robust"):
+        _say(console, f"\nrobust accuracy: {robust_about(robust)}")
+        for title, (head, rows) in robust_tables(robust):
+            _say(console, f"\n{title}")
+            _table(console, head, rows)
+        for line in masking_lines(robust):
+            _say(console, line)
+    if gen := report.get("gen"):
+        about, *hows = gen_about(gen)
+        _say(console, f"\nsamples: {about}")
+        _table(console, *gen_table(gen))
+        for how in hows:
+            _say(console, how)
+    if chains := report.get("chains"):
+        _say(console, f"\nchains: {chains_about(chains)}")
+        _table(console, *chains_table(chains))
 
 
 def _header(report: dict[str, Any]) -> Iterator[str]:
@@ -144,6 +175,8 @@ def sections(rows: Sequence[dict[str, Any]]) -> dict[str, list[tuple[str, dict[s
         if row["group"] == "ood":
             _, name, score, metric = split_ood(row["metric"])
             title, label = f"ood: {name}", f"{score} {WORDS.get(metric, metric)}"
+        elif row["group"] == "robust":
+            title, label = "accuracy under the strongest attack", row["metric"].removesuffix("/worst/accuracy")
         else:
             key = row["metric"].rsplit("/", 1)[-1]
             title, label = row["group"], WORDS.get(key, key)

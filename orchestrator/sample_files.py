@@ -43,6 +43,8 @@ BATCH = 100
 FORWARD = 250
 SHOWN, COLUMNS, FILMED = 100, 10, 25
 FRAME_MS, LAST_MS = 80, 2000
+MANY = 0.2
+"""Saturated pixels that are worth a word: those of chains of the training's length are a few in a hundred."""
 
 
 @dataclass(frozen=True)
@@ -275,6 +277,8 @@ def _said(opened: Opened, plan: Plan, drawn: Drawn) -> dict[str, Any]:
     predicted = drawn.probabilities.argmax(dim=1).bincount(minlength=len(plan.classes)).tolist()
     labels = plan.labels(0, plan.count)
     of_class = None if labels is None else drawn.probabilities.gather(1, labels[:, None]).mean().item()
+    # the share of the chains' pixels at the clamp, or twice as far out as data where there is none
+    saturation = (drawn.x.abs() >= (plan.sgld.clamp or WIDE)).double().mean().item()
     model = {"source": opened.source, "name": opened.name, "digest": opened.digest, "step": opened.step}
     return {
         "model": model | {"weights": opened.weights, "checkpoint": opened.checkpoint},
@@ -287,7 +291,7 @@ def _said(opened: Opened, plan: Plan, drawn: Drawn) -> dict[str, Any]:
             "seed": plan.seed,
             "sgld": {key: value for key, value in flatten(plan.sgld).items() if key not in ("steps", "conditional")},
         },
-        "notes": list(plan.notes),
+        "notes": [*plan.notes, *_warnings(plan, saturation)],
         "labels": None if labels is None else labels.tolist(),  # the classes asked for, image by image
         "energy": {  # of the images as they are saved, like all but saturation; nats up to the model's own constant
             "mean": drawn.energies.mean().item(),
@@ -298,8 +302,17 @@ def _said(opened: Opened, plan: Plan, drawn: Drawn) -> dict[str, Any]:
         "confidence": drawn.probabilities.amax(dim=1).mean().item(),  # mean max p(y|x), without temperature scaling
         "class_probability": of_class,  # mean p(y|x) of the class asked for
         "predicted": dict(zip(plan.classes, predicted, strict=True)),
-        # the share of the chains' pixels at the clamp, or twice as far out as data where there is none
-        "saturation": (drawn.x.abs() >= (plan.sgld.clamp or WIDE)).double().mean().item(),
+        "saturation": saturation,
         "film": marks(plan.steps, plan.frames) if plan.steps else None,  # the steps that chain.gif shows
         "facts": facts(),
     }
+
+
+def _warnings(plan: Plan, saturation: float) -> list[str]:
+    """What a picture does not show, as what is out of range is cut off in it."""
+    if saturation < MANY or plan.sgld.clamp is not None:  # at a clamp many data, black around, are rightly
+        return []
+    return [
+        f"{100 * saturation:.0f} % of the pixels are saturated (twice as far out as data, or more): the chains have left "
+        "the data, draw with fewer steps"
+    ]

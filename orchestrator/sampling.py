@@ -120,7 +120,7 @@ def _sample(opened: Opened, plan: Plan) -> Sampled:
         metrics=shown,
         status="finished",
         samples=str(plan.folder / "grid.png"),
-        message="; ".join(plan.notes),
+        message="; ".join(content["notes"]),
         folder=str(plan.folder),
         files=content["files"],
         count=plan.count,

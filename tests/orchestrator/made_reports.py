@@ -9,9 +9,13 @@ import math
 
 import torch
 
-from jem.evaluate import calibration, calibration_intervals, classification, ood, scores, temperature
+from jem.config import AttackConfig, EvaluateConfig, JEMConfig
+from jem.evaluate import calibration, calibration_intervals, classification, ood, robustness, scores, temperature
+from jem.evaluate.generation import log_marks
 from jem.evaluate.intervals import bootstrap, estimate, mean_of, percentile_intervals
+from jem.evaluate.sampled import chains_section, grids, picture
 from jem.randomness import generator
+from jem.settings import override
 from orchestrator.config import DEFAULTS
 
 FAST = ("log_px", "max_py", "approx_mass")
@@ -68,6 +72,8 @@ def _made(suite, n, classes, sets, seed, sharpness):
         "seconds": 12.5,
     }
     report["metrics"] = {f"test/{key}": v[0] for key, v in report["test"].items() if key != "n"}
+    if suite == "full":
+        report |= attacked(seed) | with_samples(seed)
     return json.loads(json.dumps(without_nan(report), allow_nan=False))
 
 
@@ -210,3 +216,47 @@ def without_nan(value):
     if isinstance(value, list | tuple):
         return [without_nan(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+ATTACKS = EvaluateConfig(suite="full", attack=AttackConfig(images=20, refine=(0, 1, 10)))
+
+
+def attacked(seed):
+    """The section of made norms: each image has a radius, and an attack finds it or a little more."""
+    draws = generator("cpu", "made", "attacks", seed)
+    parts = {}
+    for k in ATTACKS.attack.refine:
+        wrong = torch.arange(20) < 2
+        parts[k] = {"wrong": wrong.float(), "unbounded": torch.ones(20)}
+        for norm, scale in (("linf", 0.15), ("l2", 1.0)):
+            radius = scale * (0.2 + torch.rand(20, generator=draws)) * (1 + k / 20)
+            for i, name in enumerate(robustness.attacks_of(norm, k, "full")):
+                found = radius * (1 + 0.1 * i)
+                found[-1] = math.inf  # one that nothing breaks
+                parts[k][f"{norm}/{name}"] = torch.where(wrong, 0.0, found)
+    return {"robust": robustness.robust_figures(parts, ATTACKS, JEMConfig(seed=0))}
+
+
+def with_samples(seed):
+    """Sections and grids of noise."""
+    draws = generator("cpu", "made", "samples", seed)
+    images = torch.randint(0, 256, (100, 1, 8, 8), generator=draws).to(torch.uint8)
+    config = override(JEMConfig(seed=0), {"sgld.steps": 10})
+    marks = log_marks(200)
+    rows = torch.rand(4, len(marks), 5, generator=draws)
+    figures = {"fid": 3.25, "kid": 0.125, "kid_std": 0.01, "is": 6.5, "precision": 0.75, "recall": 0.25}
+    one = {"n": 100, "how": "made of noise", "figures": figures, "nearest": {"median": 1.5, "of_test": 1.25}}
+    return {
+        "gen": {
+            "extractor": {"name": "lenet", "of": "digits", "sha256": "ab12cd34" * 8},
+            "reference": {"split": "train", "n": 1294},
+            "samplers": {"fresh": one, "buffer": one, "test": one},
+        },
+        "chains": chains_section(rows, marks, config, torch.linspace(-3, -1, 50)),
+        "distal": {"reached": [True, False], "steps": [4, 1000], "p": [0.93, 0.4], "target": 0.9},
+        "grids": {
+            **grids({"fresh": (2 * images.float() / 255 - 1, "made of noise")}, images),
+            "adversarials": picture(images[:9], "images and [adversarials]", 3),
+            "distal": picture(images[:2], "from noise"),
+        },
+    }

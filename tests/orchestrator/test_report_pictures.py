@@ -46,7 +46,9 @@ def full():
 
 
 def test_the_full_suite_has_all_pictures(full):
-    assert list(full) == ["reliability.png", "confusion.png", "ood.png", "roc.png", "histograms.png"]
+    names = ["reliability", "confusion", "ood", "roc", "histograms", "robustness", "chains"]
+    names += ["samples_fresh", "neighbours_fresh", "adversarials", "distal"]
+    assert list(full) == [f"{name}.png" for name in names]
     assert picture_names(made_report()) == list(full)
     for name, png in full.items():
         assert png.startswith(b"\x89PNG")
