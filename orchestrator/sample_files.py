@@ -313,6 +313,6 @@ def _warnings(plan: Plan, saturation: float) -> list[str]:
     if saturation < MANY or plan.sgld.clamp is not None:  # at a clamp many data, black around, are rightly
         return []
     return [
-        f"{100 * saturation:.0f} % of the pixels are saturated (twice as far out as data, or more): the chains have left "
-        "the data, draw with fewer steps"
+        f"{100 * saturation:.0f} % of the pixels are saturated (twice as far out as data, or more): the chains have "
+        "left the data, draw with fewer steps"
     ]

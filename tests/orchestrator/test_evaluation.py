@@ -28,6 +28,12 @@ from orchestrator.opened import open_model
 from orchestrator.runs import RunRecord, read_record, write_config
 
 FAST = "evaluate.suite=fast"
+GENTLE = (
+    *("evaluate.suite=full", "evaluate.sets=[interp,uniform]"),
+    *("evaluate.attack.images=30", "evaluate.attack.refine=[0,1]", "evaluate.attack.copies=2"),
+    *("evaluate.attack.steps=3", "evaluate.attack.min_norm_steps=5", "evaluate.attack.queries=5"),
+    *("evaluate.generate.samples=40", "evaluate.generate.chains=2"),
+)
 
 
 def trained(storage, name, *settings):
@@ -151,15 +157,38 @@ def test_two_models_are_compared_on_the_same_images(runs):
 
 @pytest.mark.ray
 def test_figures_are_the_same_bits_on_two_ray_workers_as_on_none(runs):
-    settings = ("evaluate.suite=full", "evaluate.sets=[interp,uniform]")
-    alone = evaluated(runs / "one", *settings)
+    alone = evaluated(runs / "one", *GENTLE)
     outputs = (Path(alone.report).parent / "outputs.safetensors").read_bytes()
     shutil.rmtree(Path(alone.report).parent)
-    spread = evaluated(runs / "one", *settings, "workers=2")
+    spread = evaluated(runs / "one", *GENTLE, "workers=2")
     assert not spread.cached
     assert spread.metrics == alone.metrics
     assert (Path(spread.report).parent / "outputs.safetensors").read_bytes() == outputs
     assert {key.split("/")[1] for key in spread.metrics if key.startswith("ood/")} == {"interp", "uniform"}
+    assert "robust_k1/l2/1/worst/accuracy" in spread.metrics
+
+
+def test_attacks_and_samples_of_two_models_are_on_one_plot_and_in_mlflow_with_the_extractors_hash(runs):
+    text = io.StringIO()
+    result = evaluated(runs / "one", *GENTLE, against=runs / "two", console=Console(file=text, width=160))
+    report, against = (json.loads(Path(path).read_text()) for path in (result.report, result.against))
+    assert list(report["robust"]["k"]) == ["0", "1"]
+    assert {"fresh", "buffer", "test"} == set(report["gen"]["samplers"])
+    rows = {row["metric"]: row for row in against["rows"] if row["group"] == "robust"}
+    row = rows["robust/l2/0.5/worst/accuracy"]
+    assert row["values"][0] == report["robust"]["k"]["0"]["norms"]["l2"]["accuracy"]["worst"][1]
+    assert row["difference"][0] == pytest.approx(row["values"][0][0] - row["values"][1][0])
+    assert "robust_k1/l2/0.5/worst/accuracy" not in rows  # the classifier refines nothing
+    assert "accuracy under the strongest attack" in text.getvalue()
+    drawn = {path.name for path in Path(result.report).parent.iterdir()}
+    names = {"robustness", "adversarials", "distal", "chains", "samples_buffer", "neighbours_fresh"}
+    assert {f"{name}.png" for name in names} <= drawn
+    assert "against_robustness.png" in {path.name for path in Path(result.against).parent.iterdir()}
+    seen = {key: value for key, _, value in points(runs, result)}
+    assert seen["gen/buffer/fid_lenet"] == report["gen"]["samplers"]["buffer"]["figures"]["fid"]
+    assert seen["robust/linf/0.1/transfer/accuracy"] == against["transfer"]["linf"]["b_on_a"][3][0]
+    tags = MlflowClient(f"sqlite:///{runs / 'mlflow.db'}").get_run(result.run_id).data.tags
+    assert tags["gen.lenet"] == f"digits sha256:{report['gen']['extractor']['sha256']}"
 
 
 def test_mlflow_that_is_away_costs_no_figure_and_gets_them_the_next_time(runs):
