@@ -131,7 +131,7 @@ def test_the_fast_suite_finds_a_good_classifier_and_density_and_reports_every_fi
 def test_the_full_suite_measures_every_score_against_every_set_and_its_figures_are_those_of_the_outputs(data):
     report, measured = run(network(), data)
     assert set(report["ood"]) == set(MADE)
-    assert not report["left_out"]
+    assert set(report["left_out"]) == {"gen", "gen/buffer"}  # images of no known data, and no buffer
     for name, found in report["ood"].items():
         assert set(found["scores"]) == ALL_SCORES
         for score, figures in found["scores"].items():
@@ -169,10 +169,14 @@ def test_parts_of_any_number_of_workers_add_up_to_the_same_bits(data, workers):
     net = network()
     subjects = prepare(net, data, CONFIG, FULL)
     alone = compute_here(net, CONFIG, FULL, World(), LIKE)(subjects)
-    assert {which.what for which in alone} == set(passes.FORWARDS)
+    of_attacks_and_chains = {"attack/0", "attack/2", "distal", "fresh", "chains"}
+    assert {which.what for which in alone} == set(passes.FORWARDS) | of_attacks_and_chains
     for which, whole in alone.items():
-        images = subjects.of(which.images)
-        parts = [run_pass(net, which, images, CONFIG, FULL, Part(rank, workers), LIKE) for rank in range(workers)]
+        images, labels = subjects.of(which.images), subjects.labels.get(which.images)
+        parts = [
+            run_pass(net, which, images, CONFIG, FULL, Part(rank, workers), LIKE, labels=labels)
+            for rank in range(workers)
+        ]
         assert torch.equal(sum(parts), whole), which
 
 
@@ -202,7 +206,7 @@ def test_a_network_that_ends_in_no_linear_layer_is_compared_with_what_needs_none
 def test_too_few_training_images_leave_out_just_what_needs_them(data, generator):
     one_class = Split(data.train.images[:40], torch.zeros(40, dtype=torch.int64))
     report, _ = run(network(), replace(data, train=one_class), FEW)
-    assert set(report["left_out"]) == {"mahalanobis", "knn"}
+    assert set(report["left_out"]) == {"mahalanobis", "knn", "gen", "gen/buffer"}
     assert "class 1" in report["left_out"]["mahalanobis"]
     assert "vim" in report["ood"]["interp"]["scores"]
 
@@ -235,7 +239,7 @@ def test_against_itself_nothing_differs_and_against_another_the_difference_is_th
         assert row["difference"] == ([0, None, None] if row["metric"] in BINNED else [0, 0, 0])
     rows = {(row["group"], row["metric"]): row for row in against(one, other)["rows"]}
     swapped = {(row["group"], row["metric"]): row for row in against(other, one)["rows"]}
-    assert {group for group, _ in rows} == {"classification", "calibration", "after temperature", "ood"}
+    assert {group for group, _ in rows} == {"classification", "calibration", "after temperature", "ood", "robust"}
     assert len([metric for group, metric in rows if group == "ood"]) == 2 * len(ALL_SCORES)
     for key, row in rows.items():
         (a, *_), (b, *_) = row["values"]
@@ -273,11 +277,11 @@ def test_what_is_undefined_is_none():
 
 
 def test_passes_that_nobody_needs_are_not_made():
-    assert passes.needed("fast", ("interp",), {}) == [
+    assert passes.needed(False, ("interp",), {}) == [
         Pass("validation", "logits"),
         *(Pass(images, what) for images in ("test", "interp") for what in ("logits", "approx_mass")),
     ]
-    without = passes.needed("full", ("interp",), dict.fromkeys(("odin", "vim"), "why"))
+    without = passes.needed(True, ("interp",), dict.fromkeys(("odin", "vim"), "why"))
     assert {which.what for which in without} == {"logits", "approx_mass", "refinement"}
     assert ood.METRICS == ("auroc", "aupr_in", "aupr_out", "fpr95")
 

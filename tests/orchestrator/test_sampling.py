@@ -142,7 +142,7 @@ def test_all_draws_every_class_in_turn_and_the_grid_has_a_row_a_class(drawn, tmp
     np.testing.assert_array_equal(images[4], drawn("count=5", "steps=4", "class=4", name="four")[1][4])
     shown = np.asarray(Image.open(tmp_path / "out" / "grid.png"))
     assert shown.shape == (10 * 50 - 2, 2 * 50 - 2, 3)
-    drawn("count=20", "steps=0", "class=all", "init=buffer")
+    drawn("count=20", "steps=0", "class=all")
     shown, plain = np.asarray(Image.open(tmp_path / "out" / "grid.png")), np.load(tmp_path / "out" / "samples.npy")
     for row, column in ((0, 0), (3, 0), (7, 1)):
         x = torch.from_numpy(plain[row + 10 * column]).permute(2, 0, 1)[None] / 127.5 - 1
