@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import claims
+import robust_tables as robust
 import speed_tables as speed
 
 from jem.errors import ConfigError
@@ -203,6 +204,12 @@ def first_use(used: Path, trained: Path) -> str:
 
 
 TABLES = {
+    "robust-digits": Table(("robustness_digits.json",), robust.worst),
+    "robust-digits-attacks": Table(("robustness_digits.json",), robust.attacks),
+    "robust-digits-masking": Table(("robustness_digits.json",), robust.masking),
+    "samples-digits": Table(("robustness_digits.json",), robust.generation),
+    "samples-digits-steps": Table(("robustness_digits.json",), robust.by_step),
+    "samples-digits-chains": Table(("robustness_digits.json",), robust.chains),
     "step-cpu": Table((f"{SPEED}/step_cpu.json",), speed.steps),
     "scaling": Table((f"{SPEED}/scaling.json",), speed.scaling),
     "start": Table((f"{SPEED}/start.json",), speed.start),
