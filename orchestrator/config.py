@@ -28,7 +28,7 @@ RECIPES = Path(__file__).resolve().parents[1] / "jobs" / "recipes"
 ON_DISK = ("imagefolder", "parquet")
 """Data whose shape and size are known from their folder, which takes numpy and time to read."""
 
-PATHS = ("init_from", "data.root")
+PATHS = ("init_from", "data.root", "evaluate.generate.inception")
 """Settings that are a local path, or a URI such as s3://... or models:/..."""
 
 

@@ -7,6 +7,8 @@ KEY is a digest of the model, the data, the sets and the settings: what was meas
 
 from __future__ import annotations
 
+import hashlib
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -145,9 +147,11 @@ def _against(first: Done, second: Done, one: Opened, two: Opened) -> Path:
     comparison = compare((first.report, outputs[0]), (second.report, outputs[1]))
     if outputs[0].attacked and outputs[1].attacked:
         networks = [
-            frozen_logits(opened.network(), replace(opened.config, precision="float32")) for opened in (one, two)
+            frozen_logits(opened.network().float(), replace(opened.config, precision="float32"))
+            for opened in (one, two)
         ]
         with one_thread():
+            comparison["of_twin"] = "robust_k" in second.report["left_out"]
             comparison["transfer"] = transfer((networks[0], networks[1]), (outputs[0], outputs[1]))
 
     def fill(target: Path) -> None:
@@ -167,9 +171,10 @@ def _key(opened: Opened) -> str:
     described = {key: value for key, value in config.science.items() if key.startswith(("model.", "data."))}
     names: tuple[str, ...] = FAST_SETS
     further = {
-        "attack": [flatten(settings.attack), importlib.util.find_spec("foolbox") is not None],
-        "generate": [flatten(settings.generate), importlib.util.find_spec("torch_fidelity") is not None],
-        "buffer": opened.buffer is not None,
+        "attack": [flatten(settings.attack), _version("foolbox")],
+        "generate": [flatten(settings.generate), _version("torch-fidelity")],
+        "inception": _sha256(settings.generate.inception),
+        "buffer": opened.buffer_digest,
         "extractors": shipped(),
     }
     if settings.complete:
@@ -189,6 +194,22 @@ def _key(opened: Opened) -> str:
             "device": "cpu" if config.device == "cpu" or not torch.cuda.is_available() else "cuda",
         }
     )
+
+
+def _version(package: str) -> str | None:
+    """None where it is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _sha256(path: str | None) -> str | None:
+    """Of a file that may not be there: what is wrong with it is said where it is used."""
+    try:
+        return None if path is None else hashlib.sha256(Path(path).expanduser().read_bytes()).hexdigest()
+    except OSError:
+        return None
 
 
 def _home(opened: Opened) -> Path:

@@ -56,6 +56,7 @@ class Opened:
     run_folder: Path | None = None  # of the run that trained it, where it is on this machine
     mlflow: Mapping[str, Any] = field(default_factory=dict)  # uri, experiment, run_id of that run, as far as known
     buffer: Callable[[], Tensor] | None = field(default=None, repr=False)  # the chains of its checkpoint, [n, c, h, w]
+    buffer_digest: str = ""  # of the files that hold them
 
     def network(self) -> nn.Module:
         """The network with its weights, in eval mode. Raises CheckpointError for damaged ones."""
@@ -122,6 +123,9 @@ def _of_checkpoint(source: str, directory: Location, changes: Mapping[str, Entry
         run_folder=root.local if root.is_local and record else None,
         mlflow=record.mlflow if record else {},
         buffer=checkpoint.chains_of(manifest, config),
+        buffer_digest="-".join(
+            entry["sha256"][:16] for name, entry in manifest.files.items() if name.startswith("chains")
+        ),
     )
 
 

@@ -60,11 +60,12 @@ def send_report(opened: Opened, report: dict[str, Any], folder: Path) -> tuple[s
 
 
 def _of_comparisons(home: Path, names: list[str]) -> dict[str, float]:
-    """Accuracy on the adversarials of the models that this one is compared with."""
+    """Accuracy on the adversarials of a classifier twin that this model is compared with."""
     found: dict[str, float] = {}
     for name in (name for name in names if "-against-" in name):
         comparison = json.loads((home / name / "against.json").read_text())
-        found |= dict(transfer_metrics(comparison.get("transfer", {})))
+        if comparison.get("of_twin"):  # of a JEM's adversarials, the comparison alone tells
+            found |= dict(transfer_metrics(comparison["transfer"]))
     return found
 
 

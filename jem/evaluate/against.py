@@ -87,7 +87,7 @@ def _of_attacks(reports: tuple[Report, ...], outputs: tuple[Measured, ...]) -> I
 def transfer(logits: tuple[Logits, Logits], outputs: tuple[Measured, Measured]) -> dict[str, Any]:
     """Each model's accuracy on adversarials that were made on the other, JEM-0: {norm: {eps, b_on_a, a_on_b}}.
 
-    Those of PGD at each eps, whether or not they fool the model that they were made on.
+    Those of PGD at each eps, whether or not they fool the model that they were made on. The networks take float32.
     """
     found: dict[str, Any] = {}
     for name in (name for name in outputs[1].attacked if "/transfer/" in name and name in outputs[0].attacked):
@@ -96,8 +96,9 @@ def transfer(logits: tuple[Logits, Logits], outputs: tuple[Measured, Measured]) 
         section["eps"].append(float(eps))
         for way, model, maker in (("b_on_a", 0, 1), ("a_on_b", 1, 0)):
             attacked = outputs[maker].attacked
+            images = attacked[name].view_as(attacked["images"]).float()
             with torch.no_grad():
-                answers = logits[model](2 * attacked[name].view_as(attacked["images"]) - 1).argmax(dim=1)
+                answers = logits[model](2 * images - 1).argmax(dim=1)
             section[way].append(wilson(int((answers == attacked["labels"]).sum()), len(answers)))
     return found
 

@@ -12,8 +12,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+
+from jem.errors import JEMError
 
 Classifier = Callable[[Tensor], Tensor]
 """Images [n, c, h, w] on [0, 1] to logits [n, C]."""
@@ -36,6 +38,11 @@ def margin(logits: Float[Tensor, "n c"], labels: Int[Tensor, " n"]) -> Float[Ten
     right = logits.gather(1, labels[:, None]).squeeze(1)
     other: Tensor = logits.scatter(1, labels[:, None], -math.inf).amax(dim=1)
     return right - other
+
+
+def is_wrong(logits: Float[Tensor, "n c"], labels: Int[Tensor, " n"]) -> Bool[Tensor, " n"]:
+    """Whether the right class is not ahead; logits that are not finite are no right answer."""
+    return ~((margin(logits, labels) > 0) & logits.isfinite().all(dim=1))
 
 
 def loss_of(logits: Float[Tensor, "n c"], labels: Int[Tensor, " n"], kind: str) -> Float[Tensor, " n"]:
@@ -78,13 +85,26 @@ def pgd(
             position = x.detach().requires_grad_(True)
             logits = classify(position)
             (gradient,) = torch.autograd.grad(loss_of(logits, labels, loss).sum(), position)
-        found = margin(logits.detach(), labels)
+        wrong = is_wrong(logits.detach(), labels)
+        found = margin(logits.detach(), labels).nan_to_num(nan=-math.inf)
+        _check(gradient, wrong)
+        gradient = gradient.nan_to_num(0.0, 0.0, 0.0)  # of images that are broken
         better = found < lowest
         lowest = torch.where(better, found, lowest)
         best = torch.where(better[:, None, None, None], x, best)
         if step < steps:
             x = project(x + 2.5 * eps / steps * _steepest(gradient, norm), images, norm, eps)
     return best
+
+
+def _check(gradient: Tensor, wrong: Tensor) -> None:
+    """An attack without a direction is a failed attack, and no image that withstands it."""
+    bad = int((~gradient.isfinite().flatten(1).all(dim=1) & ~wrong).sum())
+    if bad:
+        raise JEMError(
+            f"the gradient is not finite for {bad} of {len(wrong)} attacked images that are still right: robustness "
+            "cannot be measured; leave the k that does it out of evaluate.attack.refine"
+        )
 
 
 def _random_within(images: Tensor, norm: str, eps: float, generator: torch.Generator) -> Tensor:

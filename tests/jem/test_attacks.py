@@ -7,10 +7,12 @@ import torch
 from scipy.stats import binomtest
 from torch import nn
 
-from jem.config import DataConfig, ModelConfig, SGLDConfig
+from jem.config import AttackConfig, DataConfig, EvaluateConfig, JEMConfig, ModelConfig, SGLDConfig
 from jem.data.augment import to_float
 from jem.data.sources import load
-from jem.evaluate.attacks import NORMS, margin, norm_of, of_foolbox, pgd, project, square
+from jem.errors import JEMError
+from jem.evaluate import robustness
+from jem.evaluate.attacks import NORMS, is_wrong, margin, norm_of, of_foolbox, pgd, project, square
 from jem.evaluate.extractors import WEIGHTS, lenet
 from jem.evaluate.refined import refined
 from jem.evaluate.robustness import accuracy_at, wilson
@@ -186,6 +188,52 @@ def test_an_attack_that_fails_is_an_error_and_no_survivor(generator, spoil, says
         smallest.offer(torch.arange(3), spoil(x), net, 0.1)
 
 
+def test_a_defence_with_noise_is_not_asked_until_it_is_wrong_by_chance(generator, monkeypatch):
+    """A coin that is wrong for one answer in ten: attacks that change nothing leave what one answer leaves."""
+    x = 2 * grey(400, generator) - 1
+    labels = torch.zeros(400, dtype=torch.int64)
+
+    def coin(logits, k, config, copies, copy_noise, noise):
+        def classify(images):
+            lost = torch.rand(len(images), generator=noise) < 0.1
+            return torch.stack([torch.where(lost, -1.0, 1.0), torch.zeros(len(images))], dim=1) + 0 * images.sum()
+
+        return classify
+
+    monkeypatch.setattr(robustness, "refined", coin)
+    settings = EvaluateConfig(suite="full", attack=AttackConfig(steps=2, restarts=3, queries=3, min_norm_steps=3))
+    rows = robustness.attack(lambda images: images, x, labels, 1, JEMConfig(seed=0), settings, generator)
+    parts = robustness.split(rows, settings, 1, 36)
+    assert 0.05 < parts["wrong"].mean() < 0.15
+    for name in ("linf/pgd", "linf/fmn", "linf/square", "l2/pgd", "l2/ddn"):
+        assert torch.equal(parts[name] < math.inf, parts["wrong"] > 0), name
+
+
+class Broken(nn.Module):
+    """No number where the left upper pixel is above a half; else sure of class 0."""
+
+    def __init__(self, gradient):
+        super().__init__()
+        self.gradient = gradient
+
+    def forward(self, x):
+        first = x[:, 0, 0, 0]
+        value = torch.where(first > 0.5, math.nan, 3.0)
+        if self.gradient:  # a finite value whose gradient is none: 0 times infinity
+            value = 3.0 + (first * 0).abs().sqrt()
+        return torch.stack([value, torch.zeros_like(value)], dim=1)
+
+
+def test_an_answer_that_is_no_number_is_wrong_and_a_gradient_that_is_none_is_an_error(generator):
+    x = grey(6, generator)
+    x[:3, 0, 0, 0], x[3:, 0, 0, 0] = 0.9, 0.1
+    labels = torch.zeros(6, dtype=torch.int64)
+    assert is_wrong(Broken(False)(x), labels).tolist() == [True] * 3 + [False] * 3
+    assert is_wrong(torch.zeros(1, 2), labels[:1]).item()  # a tie is no answer
+    with pytest.raises(JEMError, match=r"not finite for 6 of 6 attacked images .*evaluate\.attack\.refine"):
+        pgd(Broken(True), x, labels, "linf", 0.1, 2, generator)
+
+
 def energy_net(generator):
     """Smooth, float64, with second derivatives that matter."""
     torch.manual_seed(1)
@@ -229,10 +277,12 @@ def test_jem_0_is_the_network_and_jem_k_the_mean_over_copies_moved_down_the_ener
     assert ((noisy - once.mean(dim=0)).abs() < 5 * once.std(dim=0) / 20).all()
 
 
-@pytest.mark.parametrize(("hits", "n"), [(0, 100), (37, 100), (360, 360), (1, 3)])
+@pytest.mark.parametrize(("hits", "n"), [(0, 100), (37, 100), (360, 360), (1, 3), (0, 1000), (200, 200)])
 def test_intervals_of_shares_are_wilsons(hits, n):
     expected = binomtest(hits, n).proportion_ci(0.95, method="wilson")
     assert wilson(hits, n) == pytest.approx([hits / n, expected.low, expected.high], abs=1e-6)
+    share, low, high = wilson(hits, n)
+    assert low <= share <= high  # to the last bit, for who draws it
 
 
 def test_an_adversarial_at_eps_itself_counts_and_one_beyond_does_not():
