@@ -204,12 +204,6 @@ def first_use(used: Path, trained: Path) -> str:
 
 
 TABLES = {
-    "robust-digits": Table(("robustness_digits.json",), robust.worst),
-    "robust-digits-attacks": Table(("robustness_digits.json",), robust.attacks),
-    "robust-digits-masking": Table(("robustness_digits.json",), robust.masking),
-    "samples-digits": Table(("robustness_digits.json",), robust.generation),
-    "samples-digits-steps": Table(("robustness_digits.json",), robust.by_step),
-    "samples-digits-chains": Table(("robustness_digits.json",), robust.chains),
     "step-cpu": Table((f"{SPEED}/step_cpu.json",), speed.steps),
     "scaling": Table((f"{SPEED}/scaling.json",), speed.scaling),
     "start": Table((f"{SPEED}/start.json",), speed.start),
@@ -224,6 +218,12 @@ TABLES = {
     "divergence": Table(("divergence_plain.json", "divergence_recovered.json"), divergence),
     "digits_sgld-finalists": Table(("sweeps/digits_sgld/trials.csv",), partial(of_sweep, "Finalists")),
     "digits_sgld-search": Table(("sweeps/digits_sgld/trials.csv",), partial(of_sweep, "Best of the search")),
+    "robust-digits": Table(("robustness_digits.json",), robust.worst),
+    "robust-digits-attacks": Table(("robustness_digits.json",), robust.attacks),
+    "robust-digits-masking": Table(("robustness_digits.json",), robust.masking),
+    "samples-digits": Table(("robustness_digits.json",), robust.generation),
+    "samples-digits-steps": Table(("robustness_digits.json",), robust.by_step),
+    "samples-digits-chains": Table(("robustness_digits.json",), robust.chains),
 }
 
 

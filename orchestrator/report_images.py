@@ -14,6 +14,10 @@ if TYPE_CHECKING:
 GRIDS = ("samples_fresh", "neighbours_fresh", "samples_buffer", "neighbours_buffer", "adversarials", "distal")
 NORMS = {"linf": "largest change of a pixel (Linf)", "l2": "Euclidean length of the change (L2)"}
 COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple")
+DASHES = ("-", "--", "-.", ":")
+SHIFT = 0.006
+"""Between the intervals of two curves at the same eps, of the axis: beside each other, they can be told apart."""
+
 INCH = 110
 """Pixels."""
 
@@ -36,20 +40,20 @@ def robustness(report: dict[str, Any]) -> bytes:
     section = report["robust"]
     figure = _figure(12, 5)
     panels = figure.subplots(1, 2, squeeze=False)[0]
-    for axes, (norm, label) in zip(panels, NORMS.items(), strict=True):
+    for axes, (norm, of_axis) in zip(panels, NORMS.items(), strict=True):
         end = 1.15 * max(section["k"]["0"]["norms"][norm]["eps"]) if "0" in section["k"] else 0.0
         for i, (k, of_k) in enumerate(section["k"].items()):
             of_norm = of_k["norms"][norm]
             end = max(end, 1.15 * max(of_norm["eps"]))
             if k == "0":
-                for name, found in of_norm["found"].items():
-                    if name != "worst":
-                        x, y = steps(found, end)
-                        axes.step(x, y, where="post", color="grey", linewidth=0.7, alpha=0.6)
-                        half = next((i for i, share in enumerate(y) if share < 0.5), len(y) - 1)
-                        axes.annotate(name, (x[half], y[half]), (2, 2), textcoords="offset points", fontsize=6)
-            _curve(axes, of_norm, end, COLOURS[i % len(COLOURS)], f"JEM-{k}" if _is_jem(report) else "classifier", "-")
-        _finish(axes, label, end)
+                alone = [(name, found) for name, found in of_norm["found"].items() if name != "worst"]
+                for (name, found), dashes in zip(alone, DASHES, strict=False):
+                    x, y = steps(found, end)
+                    style = {"linestyle": dashes, "color": "grey", "linewidth": 0.9, "alpha": 0.8}
+                    axes.step(x, y, where="post", label=f"{name} alone", **style)
+            label = f"JEM-{k}" if _is_jem(report) else "classifier"
+            _curve(axes, of_norm, end, COLOURS[i % len(COLOURS)], label, "-", i - (len(section["k"]) - 1) / 2)
+        _finish(axes, of_axis, end)
     many = section["counts"]
     how = f"{section['n']:,} test images; PGD {many['steps']} steps, {many['restarts']} starts"
     thin = "; thin: single attacks on JEM-0" if _is_jem(report) else "; thin: single attacks"
@@ -65,6 +69,7 @@ def against_robustness(report_a: dict[str, Any], report_b: dict[str, Any], again
     figure = _figure(12, 5.4)
     panels = figure.subplots(1, 2, squeeze=False)[0]
     names = [_drawable(r["model"].get("name") or r["model"]["source"], 34) for r in (report_a, report_b)]
+    curves = sum(len(report["robust"]["k"]) for report in (report_a, report_b))
     for axes, (norm, label) in zip(panels, NORMS.items(), strict=True):
         end, shift = 0.0, 0
         for report, name, line in zip((report_a, report_b), names, ("-", "--"), strict=True):
@@ -72,13 +77,13 @@ def against_robustness(report_a: dict[str, Any], report_b: dict[str, Any], again
                 of_norm = of_k["norms"][norm]
                 end = max(end, 1.15 * max(of_norm["eps"]))
                 title = f"JEM-{k}: {name}" if _is_jem(report) else name
-                _curve(axes, of_norm, end, COLOURS[shift % len(COLOURS)], title, line)
+                _curve(axes, of_norm, end, COLOURS[shift % len(COLOURS)], title, line, shift - (curves - 1) / 2)
                 shift += 1
         transferred = against.get("transfer", {}).get(norm)
         if transferred:
             of_transfer = (
-                ("b_on_a", "x", "attacks made on the second, on the first"),
-                ("a_on_b", "+", "and vice versa"),
+                ("b_on_a", "x", f"{names[0]}, on adversarials of {names[1]}"),
+                ("a_on_b", "+", f"{names[1]}, on adversarials of {names[0]}"),
             )
             for way, mark, title in of_transfer:
                 shares = [value[0] for value in transferred[way]]
@@ -112,12 +117,15 @@ def _is_jem(report: Mapping[str, Any]) -> bool:
     return "robust_k" not in report.get("left_out", {})
 
 
-def _curve(axes: Axes, of_norm: Mapping[str, Any], end: float, colour: str, label: str, line: str) -> None:
+def _curve(
+    axes: Axes, of_norm: Mapping[str, Any], end: float, colour: str, label: str, line: str, place: float
+) -> None:
     axes.step(*steps(of_norm["found"]["worst"], end), where="post", color=colour, linestyle=line, label=label)
     values = of_norm["accuracy"]["worst"]
     middle = [value[0] for value in values]
     spread = [[value[0] - value[1] for value in values], [value[2] - value[0] for value in values]]
-    axes.errorbar(of_norm["eps"], middle, spread, fmt="o", color=colour, markersize=3.5, linewidth=1, alpha=0.8)
+    beside = [eps + place * SHIFT * end for eps in of_norm["eps"]]
+    axes.errorbar(beside, middle, spread, fmt="o", color=colour, markersize=3.5, linewidth=1, alpha=0.8)
 
 
 def _finish(axes: Axes, label: str, end: float) -> None:
@@ -144,10 +152,12 @@ def chains(report: dict[str, Any]) -> bytes:
         axes.plot(x, [band[0] for band in bands], color="tab:blue", marker=".", label="chains: median, 10 to 90 %")
         axes.fill_between(x, [band[1] for band in bands], [band[2] for band in bands], color="tab:blue", alpha=0.2)
         axes.set_ylabel(label)
-    grid[1].set_yscale("log")
-    middle, low, high = section["data_energy"]
-    grid[0].axhspan(low, high, color="tab:green", alpha=0.2, label="test images: 10 to 90 %")
-    grid[0].axhline(middle, color="tab:green", linewidth=0.8)
+    if any(band[0] for band in section["grad_norm"]):  # a logarithm of nothing is an error
+        grid[1].set_yscale("log")
+    if None not in section["data_energy"]:
+        middle, low, high = section["data_energy"]
+        grid[0].axhspan(low, high, color="tab:green", alpha=0.2, label="test images: 10 to 90 %")
+        grid[0].axhline(middle, color="tab:green", linewidth=0.8)
     temperature = section["acceptance"]["temperature"]
     for which, title, colour in (
         ("own", f"at T = {temperature:.2g}, the chains' own", "tab:blue"),
@@ -178,12 +188,12 @@ def sheet(report: Mapping[str, Any], packed: Mapping[str, Any]) -> bytes:
     import torch
 
     from orchestrator.pictures import grid
-    from orchestrator.report_pictures import _figure, _png, _title
+    from orchestrator.report_pictures import _drawable, _figure, _png, _title
 
     pixels = np.frombuffer(base64.b64decode(packed["pixels"]), np.uint8).reshape(packed["shape"])
     cells = grid(torch.from_numpy(pixels.copy()).float() / 127.5 - 1, packed["columns"])
     height, width = cells.shape[:2]
-    lines = _wrapped(f"{_title(dict(report))}\n{packed['caption']}", max(40, width // 6))
+    lines = _wrapped(f"{_title(dict(report))}\n{_drawable(packed['caption'], 400)}", max(40, width // 6))
     top = 16 * (lines.count("\n") + 1) + 10
     wide = max(width, 6 * max(map(len, lines.split("\n")))) + 12
     figure = _figure(wide / INCH, (height + top) / INCH)

@@ -1,6 +1,8 @@
 """Real ranks: processes that gloo connects."""
 
 import datetime
+import os
+import sys
 from pathlib import Path
 
 import torch
@@ -38,3 +40,8 @@ def _rank(rank, function, sizes, folder, arguments):
         torch.save(function(World.current(), *arguments), folder / f"{size}-{rank}.pt")
         dist.barrier()
         dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(
+        0
+    )  # all is on the disk; torch's threads that still run while the interpreter ends have aborted it (SIGABRT)

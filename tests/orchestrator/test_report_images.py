@@ -4,12 +4,13 @@ import json
 import numpy as np
 import pytest
 from made_reports import made_report
+from matplotlib.figure import Figure
 from PIL import Image
 from rich.console import Console
 
 from orchestrator.card import model_card
 from orchestrator.report_further import gen_table, masking_lines, robust_tables
-from orchestrator.report_images import against_robustness, drawings, steps, suspected
+from orchestrator.report_images import _curve, against_robustness, drawings, steps, suspected
 from orchestrator.report_table import show_report
 
 
@@ -122,3 +123,35 @@ def test_two_models_are_drawn_on_one_plot_with_the_attacks_that_were_made_on_the
 
 def test_a_report_with_pictures_is_plain_json():
     json.dumps(made_report(), allow_nan=False)
+
+
+def test_captions_and_names_are_drawn_as_they_are():
+    """Neither a formula nor a warning (which fails a test here), and no picture as wide as a caption is long."""
+    report = made_report()
+    report["model"]["name"] = "$x_{$ 日本語 \\frac"
+    report["grids"]["distal"]["caption"] = "class $a$ and $b_{$ 日本語 <b> " + "x" * 500
+    for draw in drawings(report).values():
+        assert max(opened(draw()).shape) < 2000
+
+
+def test_energies_that_are_undefined_are_no_error():
+    report = made_report()
+    section = report["chains"]
+    section["data_energy"] = [None] * 3
+    for name in ("energy", "grad_norm", "saturation"):
+        section[name] = [[None] * 3] * len(section["steps"])
+    section["acceptance"]["own"] = [None] * len(section["steps"])
+    assert opened(drawings(report)["chains.png"]()).std() > 5
+    assert "the energy of test images is undefined" in said(report)
+    assert "the energy of test images is undefined" in model_card(report, None, {})
+
+
+def test_intervals_at_one_eps_are_beside_each_other():
+    of_norm = made_report()["robust"]["k"]["0"]["norms"]["linf"]
+    axes = Figure().subplots()
+    for place in (-1, 0, 1):
+        _curve(axes, of_norm, 0.23, "red", "", "-", place)
+    left, middle, right = (list(bars.lines[0].get_xdata()) for bars in axes.containers)
+    assert middle == of_norm["eps"]
+    assert all(a < b < c for a, b, c in zip(left, middle, right, strict=True))
+    assert right[-1] - middle[-1] < 0.01 * 0.23
