@@ -40,8 +40,7 @@ def _rank(rank, function, sizes, folder, arguments):
         torch.save(function(World.current(), *arguments), folder / f"{size}-{rank}.pt")
         dist.barrier()
         dist.destroy_process_group()
+    # All is on the disk: torch's threads that still run while the interpreter ends have aborted it (SIGABRT).
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(
-        0
-    )  # all is on the disk; torch's threads that still run while the interpreter ends have aborted it (SIGABRT)
+    os._exit(0)
