@@ -168,7 +168,7 @@ class AttackConfig(Settings):
     copies: int = setting(5, ge=1, doc="JEM-k: noisy copies of an image whose logits are averaged")
     copy_noise: float = setting(0.03, ge=0, doc="JEM-k: Gaussian noise of these copies, on the [-1, 1] scale")
     steps: int | None = setting(None, ge=1, doc="steps of PGD; none: 20, paper 40")
-    restarts: int | None = setting(None, ge=1, doc="random starts of PGD; none: 2, paper 20")
+    restarts: int | None = setting(None, ge=1, doc="starts of PGD: the image, then random points; none: 2, paper 20")
     min_norm_steps: int | None = setting(None, ge=1, doc="steps of foolbox's FMN, DDN and CW; none: 50, paper 500")
     queries: int | None = setting(None, ge=1, doc="tries of the square attack; none: 200, paper 5000")
 

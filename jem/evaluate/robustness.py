@@ -209,7 +209,7 @@ def wilson(hits: int, n: int) -> list[float]:
 
 
 def accuracy_at(found: Float[Tensor, " n"], eps: float) -> list[float]:
-    """The share of images without an adversarial within eps, with its interval."""
+    """The share of images without an adversarial within eps, with its interval; of norms that were `_rounded`."""
     return wilson(int((found > eps).sum()), len(found))
 
 
