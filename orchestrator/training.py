@@ -352,8 +352,9 @@ class Training:
         compute = compute_here(
             network, config, config.evaluate, self.world, self.like, lambda *_: self.watchdog.touch()
         )
-        assert self.saved is not None, "the last step has been saved"
-        buffer = checkpoint.chains_of(checkpoint.read_manifest(self.saved), config)
+        buffer = None
+        if config.evaluate.complete and self.saved is not None:
+            buffer = checkpoint.chains_of(checkpoint.read_manifest(self.saved), config)
         self.evaluated, _ = evaluate(network, self.data, config, config.evaluate, compute, buffer)
         self.log_metrics(self.evaluated["metrics"])
         if "gen" in self.evaluated:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from mlflow import MlflowClient
 from rich.console import Console
-from worker_runs import fit, newest, tiny
+from worker_runs import fit, log_of, newest, tiny
 
 from jem.config import ModelConfig
 from jem.data.sources import load
@@ -271,3 +271,12 @@ def test_data_that_are_not_those_of_the_training_are_named(runs, monkeypatch):
     opened = open_model(str(manifest.parent), [FAST])
     with pytest.raises(DataError, match=r"data\.root"):
         report_of(replace(opened, data_digest="0" * 64))
+
+
+def test_a_training_that_ends_with_the_full_suite_scores_the_buffer_that_it_leaves(tmp_path):
+    outcome = fit(tmp_path / "run", *GENTLE)
+    again = report_of(open_model(str(tmp_path / "run"), GENTLE)).report
+    assert outcome["report"]["gen"]["samplers"]["buffer"] == again["gen"]["samplers"]["buffer"]
+    assert list(outcome["report"]["robust"]["k"]) == ["0", "1"]
+    tags = [event["tags"] for event in log_of(tmp_path / "run", "tags")]
+    assert {"gen.lenet": f"digits sha256:{again['gen']['extractor']['sha256']}"} in tags
