@@ -15,7 +15,9 @@ from orchestrator.result import Result
 from orchestrator.signals import deaf, interruptible
 
 RAY_THREAD = "ray-train"
-"""The thread that waits for Ray Train."""
+"""The thread that waits for Ray Train or Tune."""
+
+LEAVE_S = 3.0
 
 
 class Parser(argparse.ArgumentParser):
@@ -46,5 +48,9 @@ def run_command(function: Callable[[], Result]) -> int:
         sys.stderr.flush()
         print(result.json(), flush=True)
     if any(thread.name == RAY_THREAD and thread.is_alive() for thread in threading.enumerate()):
+        if sys.platform != "linux":  # where the processes of a private Ray do not end with this one
+            from orchestrator.ray_cluster import leave_ray
+
+            leave_ray(LEAVE_S)
         os._exit(result.exit_code)  # it waits for workers that are gone, and would make the interpreter abort
     return result.exit_code

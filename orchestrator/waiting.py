@@ -18,13 +18,16 @@ def wait_for_ray(
     work: Callable[[], dict[str, Any]],
     signals: StopSignals,
     ask_to_stop: Callable[[], None],
-    all_stopped: Callable[[], bool] = lambda: False,
+    all_stopped: Callable[[], bool] | None = None,
 ) -> dict[str, Any]:
     """What `work` returns or raises, called in a thread; on a signal `ask_to_stop` is, in another.
 
     On the main thread ray.init would exit at a SIGTERM, and fit() abort at a SIGINT. The thread lives as long
     as Ray does: on Linux the processes of a private Ray are killed when it ends. Where `work` does not end by itself
-    in time, or after `all_stopped`, Ray is left.
+    in time, Ray is left.
+
+    `all_stopped`, of Ray Tune, which never ends by itself: when its trials have. Tune goes on asking Ray in its thread,
+    and Ray ends a process that asks after having left it: it is left as the command ends.
     """
     box: list[Any] = []
 
@@ -43,9 +46,10 @@ def wait_for_ray(
         if signals.stopping and asking is None:
             asking = threading.Thread(target=ask_to_stop, daemon=True, name="ask to stop")
             asking.start()
-        stopped = asking is not None and all_stopped()
+        stopped = asking is not None and all_stopped is not None and all_stopped()
         if stopped or signals.left < CLOSING_S:
-            leave_ray(patience_s=CLOSING_S / 2)
+            if all_stopped is None:
+                leave_ray(patience_s=CLOSING_S / 2)
             by_themselves = "stopped on request" if stopped else "stopped before the workers ended by themselves"
             return {"status": "stopped", "message": by_themselves}
     if isinstance(box[0], BaseException):

@@ -40,25 +40,33 @@ class Overseer:
         self.board = Board(title, sweep.config.objective, n, at_once)
         self.sent: set[str] = set()
         self.closed: set[str] = set()
+        self.stop = threading.Event()
+        self.watch: threading.Thread | None = None
 
     @contextmanager
     def watching(self, spent: float, began: float, reserve: int) -> Iterator[None]:
         """`spent`: seconds of earlier attempts; `reserve`: how many whole trials must still fit after this stage."""
-        stop = threading.Event()
 
         def watch() -> None:
-            while not stop.wait(LOOK_EVERY_S):
+            try:
+                while not self.stop.wait(LOOK_EVERY_S):
+                    self.look(spent + time.time() - began, reserve)
                 self.look(spent + time.time() - began, reserve)
+            finally:
+                self.board.close()
 
-        thread = threading.Thread(target=watch, daemon=True, name="overseer")
-        thread.start()
+        self.watch = threading.Thread(target=watch, daemon=True, name="overseer")
+        self.watch.start()
         try:
             yield
         finally:
-            stop.set()
-            thread.join()
-            self.look(spent + time.time() - began, reserve)
-            self.board.close()
+            self.leave()
+
+    def leave(self) -> None:
+        """Look a last time and take the board away; also from outside, while Tune's thread goes on."""
+        self.stop.set()
+        if self.watch is not None:
+            self.watch.join()
 
     def look(self, elapsed: float, reserve: int) -> None:
         rows = read_trials(self.root)

@@ -124,6 +124,7 @@ class Session(ABC, Generic[R]):
             attempt.setdefault("ended", max(attempt["started"], _last_sign(root)))
         self.spent = sum(a.get("ended", a["started"]) - a["started"] for a in record.attempts)
         self.began = time.time()
+        self.overseer: Overseer | None = None  # of the stage that runs
         told = texts(facts() | {"folder": root.uri, "kind": record.kind} | dict(tags))
         experiment = sweep.run.tracking.experiment
         spec = RunSpec(self.uri, experiment, record.name, self.artifacts, texts(params), told)
@@ -157,6 +158,8 @@ class Session(ABC, Generic[R]):
                 outcome = wait_for_ray(self.work, self.signals, self._ask_to_stop, self._all_stopped)
             except BaseException as error:
                 outcome = failed(error)
+            if self.overseer is not None:  # Tune's thread may go on
+                self.overseer.leave()
             return self.close(outcome)
 
     def run_stage(
@@ -171,8 +174,8 @@ class Session(ABC, Generic[R]):
 
     def watching(self, stage: str, n: int, at_once: int, reserve: int = 0) -> AbstractContextManager[None]:
         """The trials on the screen and in MLflow."""
-        overseer = Overseer(self.sweep, self.root, self.uploads, self.trial_spec, stage, n, at_once)
-        return overseer.watching(self.spent, self.began, reserve)
+        self.overseer = Overseer(self.sweep, self.root, self.uploads, self.trial_spec, stage, n, at_once)
+        return self.overseer.watching(self.spent, self.began, reserve)
 
     def trial_spec(self, name: str) -> RunSpec | None:
         """A trial as a run of MLflow; None before its run.json is written."""
