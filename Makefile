@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 BENCH_DATA := $(CURDIR)/.bench-data
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help demo ui test faults sweeps soak bench results install check clean
+.PHONY: help demo ui test faults sweeps cluster soak bench results install check clean
 
 help:
 	@echo "make demo    install, train digits with 2 Ray Train workers, show what came of it"
@@ -12,6 +12,7 @@ help:
 	@echo "make test    install what the tests need and run them"
 	@echo "make faults  real faults: processes killed and stopped, nodes lost, full disks, damaged files, MLflow away"
 	@echo "make sweeps  sweeps on a real Ray: crashes, divergence, a killed driver, trials of several workers"
+	@echo "make cluster submitted jobs and clusters of several nodes on this machine"
 	@echo "make soak    20 kills at random times, the same final bits each time (half an hour)"
 	@echo "make bench   how fast everything is, on an idle machine (over an hour; 13 GB of disk for a while)"
 	@echo "make results the tables of README and docs, from the runs' figures in docs/results"
@@ -50,6 +51,9 @@ faults: $(VENV)/installed-dev
 
 sweeps: $(VENV)/installed-dev
 	$(BIN)/python -m pytest tests/sweeps
+
+cluster: $(VENV)/installed-dev
+	$(BIN)/python -m pytest -n 0 tests/cluster
 
 soak: install
 	$(BIN)/python benchmarks/soak.py --out docs/results/soak.json

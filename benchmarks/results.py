@@ -218,6 +218,7 @@ TABLES = {
     "divergence": Table(("divergence_plain.json", "divergence_recovered.json"), divergence),
     "digits_sgld-finalists": Table(("sweeps/digits_sgld/trials.csv",), partial(of_sweep, "Finalists")),
     "digits_sgld-search": Table(("sweeps/digits_sgld/trials.csv",), partial(of_sweep, "Best of the search")),
+    "orchestration": Table((f"{SPEED}/orchestration.json",), speed.orchestration),
     "robust-digits": Table(("robustness_digits.json",), robust.worst),
     "robust-digits-attacks": Table(("robustness_digits.json",), robust.attacks),
     "robust-digits-masking": Table(("robustness_digits.json",), robust.masking),

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import getpass
+import hashlib
 import importlib.metadata
+import os
 import platform
 import socket
 import subprocess
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+CODE = ("jem", "orchestrator", "jobs")
+COMMIT = "JEM_GIT_COMMIT"
+"""The environment variable that says the commit where the code was uploaded without its history."""
 PACKAGES = ("torch", "torchvision", "ray", "mlflow", "numpy", "pyarrow", "jem-orchestrator")
 
 
@@ -22,6 +27,7 @@ def facts() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     head = commit()
+    found["code.digest"] = code_digest()
     return found | {"git.commit": head, "mlflow.source.git.commit": head.rstrip("+"), "mlflow.user": _user()}
 
 
@@ -33,7 +39,9 @@ def _user() -> str:
 
 
 def commit() -> str:
-    """The commit of the code, with + where files were changed since; `unknown` outside a checkout."""
+    """The commit of the code, with + where files were changed since; `unknown` where nothing tells."""
+    if not (ROOT / ".git").exists():  # uploaded as a job's working directory, or installed
+        return os.environ.get(COMMIT, "unknown")
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(ROOT), *arguments]
@@ -44,3 +52,14 @@ def commit() -> str:
         return head + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.SubprocessError):
         return "unknown"
+
+
+def code_digest() -> str:
+    """Names the code that runs, with or without git: a digest of all modules and recipes, their paths included."""
+    found = hashlib.sha256()
+    for folder in CODE:
+        for path in sorted((ROOT / folder).rglob("*")):
+            if path.suffix in (".py", ".yaml"):
+                content = hashlib.sha256(path.read_bytes()).hexdigest()
+                found.update(f"{path.relative_to(ROOT).as_posix()} {content}\n".encode())
+    return found.hexdigest()[:16]

@@ -11,6 +11,8 @@ EXIT_CODES = {
     "finished": 0,
     "planned": 0,
     "listed": 0,
+    "submitted": 0,
+    "fit": 0,
     "failed": 1,
     "bad configuration": 2,
     "bad data": 2,

@@ -11,13 +11,13 @@ from pathlib import Path
 import psutil
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "jobs"))
-from commands import Command, Tracked, bring, log_of, train
+from commands import ROOT, Command, Tracked, bring, log_of, train
 
 from jem import checkpoint
 from jem.files import Location
 from jem.world import World
 
-__all__ = ["Command", "Tracked", "bring", "log_of", "train"]
+__all__ = ["ROOT", "Command", "Tracked", "bring", "log_of", "train"]
 
 CHAINS = 400
 TINY = (
@@ -88,10 +88,11 @@ class Cluster:
         options = options or ("--include-dashboard=false",)
         return self.node("--head", *ports, f"--temp-dir={self.folder}", "--node-ip-address=127.0.0.1", *options)
 
-    def node(self, *options):
+    def node(self, *options, before=()):
+        """`before`: a command that starts the node, instead of this process."""
         options = options or (f"--address={self.address}",)
         ray = Path(sys.executable).with_name("ray")
-        command = [ray, "start", "--block", "--num-cpus=1", "--disable-usage-stats", *options]
+        command = [*before, ray, "start", "--block", "--num-cpus=1", "--disable-usage-stats", *options]
         out = self.folder / f"node-{len(self.nodes)}.out"
         with out.open("w") as file:
             process = subprocess.Popen(command, env=os.environ | self.environment, stdout=file, stderr=file)
