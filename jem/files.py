@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ class Location:
     path: str
     scheme: str = ""
     query: str = ""  # of the URI, such as an endpoint
+    opened_as: str = field(default="", repr=False, compare=False)  # the URI, credentials included
 
     @classmethod
     def of(cls, uri: str | Path) -> Location:
@@ -41,7 +42,13 @@ class Location:
         local = isinstance(filesystem, pafs.LocalFileSystem)
         if local:
             return cls(filesystem, path)
-        return cls(filesystem, path, text.partition("://")[0], text.partition("?")[2])
+        return cls(filesystem, path, text.partition("://")[0], text.partition("?")[2], text)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Opened anew by its URI in another process: pyarrow's own way forgets to retry what a cut connection fails."""
+        if not self.opened_as:
+            return Location, (self.fs, self.path, self.scheme, self.query)
+        return _reopened, (self.opened_as, self.path)
 
     def __truediv__(self, name: str | int) -> Location:
         return self._at(f"{self.path.rstrip('/')}/{name}")
@@ -135,10 +142,14 @@ class Location:
         self.remove()
 
     def _at(self, path: str) -> Location:
-        return Location(self.fs, path, self.scheme, self.query)
+        return Location(self.fs, path, self.scheme, self.query, self.opened_as)
 
     def _info(self) -> Any:
         return self.fs.get_file_info(self.path)
+
+
+def _reopened(uri: str, path: str) -> Location:
+    return Location.of(uri)._at(path)
 
 
 def _sync_folder(path: Path) -> None:

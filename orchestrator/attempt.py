@@ -22,9 +22,10 @@ from orchestrator.curves import curves_png, latest
 from orchestrator.events import EventLog
 from orchestrator.final_model import write_model
 from orchestrator.outbox import RUN_ID
+from orchestrator.published import publish, workbench
 from orchestrator.report_files import final_report
 from orchestrator.result import Result
-from orchestrator.runs import RunRecord, aside, spool_of
+from orchestrator.runs import RunRecord, aside
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +42,7 @@ class Attempt:
     def __init__(self, config: RunConfig, root: Location, record: RunRecord) -> None:
         self.config, self.root, self.record = config, root, record
         self.number = len(record.attempts) + 1
-        self.folder = root.local if root.is_local else spool_of(root)
+        self.folder = workbench(root)
         if not root.is_local and not record.attempts and self.folder.exists():
             Location.of(self.folder).move_to(aside(Location.of(self.folder)))  # of a run that --fresh has moved away
         self.log_path = self.folder / "events.jsonl"
@@ -71,7 +72,7 @@ class Attempt:
         log.append("end", status=status)
         log.close()
         run_id = self.finish_upload(status)
-        newest = checkpoint.committed(self.root / "checkpoints")[:1] if status != CheckpointError.status else []
+        newest = self._newest_checkpoint() if status != CheckpointError.status else []
         result = Result(
             run_id=run_id,
             name=self.record.name,
@@ -81,7 +82,7 @@ class Attempt:
             status=status,
             weights=outcome.get("weights"),
             samples=self._newest_picture(),
-            curves=str(self.folder / "curves.png") if (self.folder / "curves.png").exists() else None,
+            curves=self._place_of("curves.png"),
             tracking_uri=self.tracking_uri,
             message=outcome.get("message", ""),
         )
@@ -120,12 +121,13 @@ class Attempt:
             event_log.append("artifact", path=report)
         if model is not None:
             event_log.append("model", **model)
+        self._publish(*([report] if report else []), *([model["path"]] if model else []))
 
     def _summaries(self) -> Iterator[str]:
         """Write the recipe and the curves beside the log, for MLflow; the names of the files."""
         contents = {"recipe.yaml": to_yaml(self.config).encode(), "curves.png": curves_png(self.log_path)}
-        newest = (self.root / "samples").children()
-        with suppress(OSError):  # a store that is away for a moment: the picture itself is there
+        with suppress(OSError):  # a store that is away: the picture itself is there
+            newest = (self.root / "samples").children()
             contents[SAMPLES] = newest[-1].read() if newest else None
         for name, content in contents.items():
             if content is not None:
@@ -135,10 +137,29 @@ class Attempt:
                     log.warning("%s cannot be written: %s", self.folder / name, error)
                 else:
                     yield name
+        self._publish(*(name for name in ("curves.png",) if contents[name] is not None))
+
+    def _publish(self, *names: str) -> None:
+        """A store that is away costs the copies there: what was made here, and MLflow, have the same."""
+        try:
+            for name in names:
+                publish(self.root, name)
+        except OSError as error:
+            log.warning("%s has not got what lies in %s (%s)", self.root.uri, self.folder, error)
+
+    def _place_of(self, name: str) -> str | None:
+        return (self.root / name).uri if (self.folder / name).exists() else None
+
+    def _newest_checkpoint(self) -> list[Location]:
+        with suppress(OSError):  # a store that is away
+            return checkpoint.committed(self.root / "checkpoints")[:1]
+        return []
 
     def _newest_picture(self) -> str | None:
-        pictures = (self.root / "samples").children()
-        return pictures[-1].uri if pictures else None
+        with suppress(OSError):
+            pictures = (self.root / "samples").children()
+            return pictures[-1].uri if pictures else None
+        return None
 
 
 def failed(error: BaseException) -> dict[str, Any]:

@@ -180,6 +180,9 @@ class Checkpoints:
             for directory in checkpoint.committed(self.folder):
                 if int(directory.name) not in stay:
                     checkpoint.discard(directory)
+            for child in self.folder.children():  # what could not be removed when it could not be written
+                if child.name.isdecimal() and int(child.name) < newest and int(child.name) not in steps:
+                    child.remove()
 
     def remove_after(self, step: int) -> None:
         """A stretch that is given up leaves no checkpoints."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from contextlib import suppress
 
@@ -33,6 +34,8 @@ class Control:
         self.world, self.root, self.device = world, root, device
         self.next_step = 0
         self.last = (0, time.monotonic())
+        self.seen = False
+        self.looking: threading.Thread | None = None
 
     def due(self, step: int) -> bool:
         """Whether all ranks look up after this step; the same answer on every rank."""
@@ -44,14 +47,26 @@ class Control:
         if self.world.rank == 0:
             before, then = self.last
             rate = max(0, step - before) / max(time.monotonic() - then, 1e-3) if self.next_step else 1.0
-            with suppress(OSError):  # a store that is away for a moment: the next look asks again
-                word[0] = int((self.root / "stop").exists())
+            word[0] = int(self._look())
             word[1] = step + max(1, min(1000, round(rate * LOOK_EVERY_S)))
         if self.world.size > 1:
             dist.broadcast(word, src=0)
         stop, self.next_step = bool(word[0].item()), int(word[1].item())
         self.last = (step, time.monotonic())
         return stop
+
+    def _look(self) -> bool:
+        """On a disk at once; what an object store answers is seen by the next look: it may take seconds to say no."""
+        if self.root.is_local:
+            self._ask()
+        elif self.looking is None or not self.looking.is_alive():
+            self.looking = threading.Thread(target=self._ask, daemon=True, name="look for a stop")
+            self.looking.start()
+        return self.seen
+
+    def _ask(self) -> None:
+        with suppress(OSError):  # a store that is away for a moment: the next look asks again
+            self.seen = (self.root / "stop").exists()
 
     def went_back(self, step: int) -> None:
         """Look up at once: the steps that were counted on are run again."""

@@ -33,14 +33,18 @@ from jem.settings import digest, flatten
 from jem.train import frozen_logits
 from orchestrator.evaluate_on import Progress, compute_in_this_process, compute_on_ray, one_thread
 from orchestrator.facts import facts
+from orchestrator.final_model import FOLDER
 from orchestrator.opened import Opened, open_model
+from orchestrator.published import bring, publish, workbench
 from orchestrator.report_files import served_of, whole_folder, write_report
 from orchestrator.report_images import against_robustness
 from orchestrator.report_pictures import against_picture, against_reliability
 from orchestrator.report_table import show_against, show_report
 from orchestrator.report_upload import send_report
 from orchestrator.result import Result
+from orchestrator.runs import planned_storage
 
+EVALUATIONS = "evaluations"
 VERSION = 1
 """Of how figures are computed: a change of it makes old reports be computed anew."""
 
@@ -72,14 +76,12 @@ def evaluate_model(source: str, other: str | None, arguments: Sequence[str], con
         weights=opened[0].weights,
         metrics=first.report["metrics"],
         status="finished",
-        report=str(first.folder / "report.json"),
         cached=all(each.cached for each in done),
     )
     if len(done) == 2:
         comparison = _against(done[0], done[1], opened[0], opened[1])
         found = json.loads((comparison / "against.json").read_text())
         show_against(found, console)
-        result.against = str(comparison / "against.json")
         result.difference = {_row_key(row): row["difference"] for row in found["rows"]}
     faults = []
     for one, each in zip(opened, done, strict=True):
@@ -87,8 +89,12 @@ def evaluate_model(source: str, other: str | None, arguments: Sequence[str], con
         if one is opened[0]:
             result.run_id, result.tracking_uri = run_id, uri
         faults += [fault] if fault else []
-    for each in done:
-        console.print(f"report: {each.folder / 'report.json'}", soft_wrap=True, highlight=False)
+    reports = [f"{_published(one, each.folder)}/report.json" for one, each in zip(opened, done, strict=True)]
+    for report in reports:
+        console.print(f"report: {report}", soft_wrap=True, highlight=False)
+    result.report = reports[0]
+    if len(done) == 2:
+        result.against = f"{_published(opened[0], comparison)}/against.json"
     result.message = "; ".join(faults)
     return result
 
@@ -104,7 +110,11 @@ class Done:
 
 def report_of(opened: Opened, workers: int = 1) -> Done:
     """The report of a model, from the disk where it was made before."""
-    folder = _home(opened) / "evaluations" / f"{opened.config.evaluate.suite}-{_key(opened)}"
+    path = f"{EVALUATIONS}/{opened.config.evaluate.suite}-{_key(opened)}"
+    if opened.run is not None:
+        bring(opened.run, path)
+        bring(opened.run, f"{FOLDER}/{opened.digest[:12]}")
+    folder = _home(opened) / path
     if (folder / "report.json").exists() and (folder / "outputs.safetensors").exists():
         return Done(folder, json.loads((folder / "report.json").read_text()), cached=True)
     config = opened.config
@@ -132,7 +142,7 @@ def report_of(opened: Opened, workers: int = 1) -> Done:
         "config": config.science,
     }
     report["facts"] = {**facts(), **{f"training.{key}": value for key, value in opened.facts.items()}}
-    served = served_of(opened.run_folder, opened.digest)
+    served = served_of(workbench(opened.run) if opened.run else None, opened.digest)
     write_report(report, measured, folder, served, config.registered_name)
     return Done(folder, json.loads((folder / "report.json").read_text()), cached=False)
 
@@ -213,12 +223,21 @@ def _sha256(path: str | None) -> str | None:
 
 
 def _home(opened: Opened) -> Path:
-    """Where evaluations are kept: the run's folder where it is on this machine, else the storage."""
-    if opened.run_folder is not None and os.access(opened.run_folder, os.W_OK):
-        return opened.run_folder
+    """Where evaluations are made: for the run where its folder can be written, else in the storage."""
+    if opened.run is not None and (not opened.run.is_local or os.access(opened.run.local, os.W_OK)):
+        return workbench(opened.run)
     if "://" in opened.config.storage_path:
         return Path("~/.cache/jem").expanduser()
-    return Path(opened.config.storage_path).expanduser().absolute()
+    return Path(planned_storage(opened.config)).parent
+
+
+def _published(opened: Opened, folder: Path) -> str:
+    """Where it lies for all to see: in the run's folder, also where that is an object store. Raises OSError."""
+    if opened.run is None or opened.run.is_local:
+        return str(folder)
+    path = f"{EVALUATIONS}/{folder.name}"
+    publish(opened.run, path)
+    return (opened.run / path).uri
 
 
 def _workers(arguments: Sequence[str]) -> tuple[int, list[str]]:

@@ -53,7 +53,7 @@ class Opened:
     checkpoint: str | None = None
     data_digest: str | None = None
     facts: Mapping[str, str] = field(default_factory=dict)  # versions and code of its training
-    run_folder: Path | None = None  # of the run that trained it, where it is on this machine
+    run: Location | None = None  # the folder of the run that trained it, as far as known
     mlflow: Mapping[str, Any] = field(default_factory=dict)  # uri, experiment, run_id of that run, as far as known
     buffer: Callable[[], Tensor] | None = field(default=None, repr=False)  # the chains of its checkpoint, [n, c, h, w]
     buffer_digest: str = ""  # of the files that hold them
@@ -120,7 +120,7 @@ def _of_checkpoint(source: str, directory: Location, changes: Mapping[str, Entry
         checkpoint=directory.uri,
         data_digest=info["data_digest"],
         facts=info["facts"],
-        run_folder=root.local if root.is_local and record else None,
+        run=root if record else None,
         mlflow=record.mlflow if record else {},
         buffer=checkpoint.chains_of(manifest, config),
         buffer_digest="-".join(
@@ -141,7 +141,7 @@ def _of_folder(source: str, folder: Path, changes: Mapping[str, Entry], mlflow: 
 
     card = read_card(folder)
     info = card.info
-    trained = Path(str(info.get("folder") or "/nowhere"))
+    trained = Path(str(info.get("folder") or "/nowhere"))  # an object store's is not looked for
     return Opened(
         source=source,
         name=str(info.get("name") or folder.name),
@@ -155,7 +155,7 @@ def _of_folder(source: str, folder: Path, changes: Mapping[str, Entry], mlflow: 
         checkpoint=info.get("checkpoint"),
         data_digest=info.get("data_digest"),
         facts=info.get("facts") or {},
-        run_folder=trained if (trained / "run.json").exists() else None,
+        run=Location.of(trained) if (trained / "run.json").exists() else None,
         mlflow=mlflow,
     )
 

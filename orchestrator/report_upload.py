@@ -90,8 +90,7 @@ def _where(opened: Opened) -> tuple[str, str | None]:
             raise ConfigError(
                 f"tracking.uri: the run's is {own}; its password is not kept: give it, or set MLFLOW_TRACKING_URI"
             )
-    storage = opened.run_folder.parent if opened.run_folder else opened.config.storage_path
-    return default_uri(Location.of(storage), asked)
+    return default_uri(opened.run.parent if opened.run else Location.of(opened.config.storage_path), asked)
 
 
 def _sent(folder: Path, uri: str) -> dict[str, Any]:

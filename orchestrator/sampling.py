@@ -107,7 +107,8 @@ def _sample(opened: Opened, plan: Plan) -> Sampled:
         content = write(plan.folder, opened, plan, drawn)
     except OSError as error:  # a full disk: for the user to mend
         raise JEMError(f"{plan.folder}: {error}") from error
-    print(f"{plan.count} images of {opened.name}: {plan.folder}")
+    place = _published(opened, plan.folder)
+    print(f"{plan.count} images of {opened.name}: {place}")
     shown = {"confidence": content["confidence"], "energy": content["energy"]["mean"]}
     shown |= {"saturation": content["saturation"]}
     if content["class_probability"] is not None:
@@ -119,14 +120,29 @@ def _sample(opened: Opened, plan: Plan) -> Sampled:
         weights=opened.weights,
         metrics=shown,
         status="finished",
-        samples=str(plan.folder / "grid.png"),
+        samples=f"{place}/grid.png",
         message="; ".join(content["notes"]),
-        folder=str(plan.folder),
+        folder=place,
         files=content["files"],
         count=plan.count,
         steps=plan.steps,
         predicted=content["predicted"],
     )
+
+
+def _published(opened: Opened, folder: Path) -> str:
+    """Where the images lie for all to see: those of a run on an object store in its folder there, too."""
+    from orchestrator.published import publish, workbench
+
+    run = opened.run
+    if run is None or run.is_local or folder.parent != workbench(run) / FOLDER:
+        return str(folder)
+    path = f"{FOLDER}/{folder.name}"
+    try:
+        publish(run, path)
+    except OSError as error:
+        raise JEMError(f"{folder} was made, but {(run / path).uri} cannot be written: {error}") from error
+    return (run / path).uri
 
 
 def sample_config(arguments: Sequence[str]) -> tuple[SampleConfig, list[str]]:
@@ -234,7 +250,7 @@ def _problems(
     if not opened.config.objective.samples_needed:
         yield Problem("MODEL", f"{opened.source} is a plain classifier, trained without p(x): there is nothing to draw")
     elif config.init == "buffer" and opened.buffer is None:
-        where = opened.run_folder or opened.checkpoint
+        where = opened.run.uri if opened.run else opened.checkpoint
         remedy = f", such as {where}" if where else ""
         yield Problem(
             "init",
@@ -270,10 +286,12 @@ def _problems_of_out(config: SampleConfig, folder: Path) -> Iterator[Problem]:
 
 
 def _home(opened: Opened) -> Path:
-    """Where samples are kept: beside the run where it is on this machine, else where the command is typed."""
-    run = opened.run_folder
-    if run is not None and os.access(run, os.W_OK):
-        return run.absolute() / FOLDER
+    """Where samples are made: for the run where its folder can be written, else where the command is typed."""
+    from orchestrator.published import workbench
+
+    run = opened.run
+    if run is not None and (not run.is_local or os.access(run.local, os.W_OK)):
+        return workbench(run).absolute() / FOLDER
     return Path.cwd() / FOLDER / _plain(opened.name)
 
 

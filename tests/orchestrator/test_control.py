@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 
 import pytest
@@ -36,7 +37,7 @@ class Counting:
     """A folder that counts how often it is looked into."""
 
     def __init__(self, root):
-        self.root, self.looks = root, 0
+        self.root, self.looks, self.is_local = root, 0, True
 
     def __truediv__(self, name):
         self.looks += 1
@@ -50,6 +51,36 @@ def test_it_looks_about_once_a_second_whatever_a_step_takes(root):
     assert first_stop(control, 250, pause=0.01) is None
     seconds = time.monotonic() - begin
     assert 2 <= folder.looks <= seconds + 4  # the first steps look to learn the pace
+
+
+class Away:
+    """A request on a store that takes its time to answer."""
+
+    is_local = False
+
+    def __init__(self):
+        self.asked, self.answers = 0, threading.Event()
+
+    def __truediv__(self, name):
+        return self
+
+    def exists(self):
+        self.asked += 1
+        if not self.answers.wait(20):
+            raise OSError("no connection")
+        return True
+
+
+def test_no_step_waits_for_a_store_that_does_not_answer(root):
+    store = Away()
+    control = Control(World(), store, CPU)
+    begin = time.monotonic()
+    assert not any(control.stop_requested(step) for step in range(1, 30))
+    assert time.monotonic() - begin < 10
+    assert store.asked == 1, "one question at a time"
+    store.answers.set()
+    control.looking.join()
+    assert control.stop_requested(30)
 
 
 def test_slow_steps_look_every_time(root, monkeypatch):
