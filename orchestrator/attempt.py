@@ -11,6 +11,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from jem import checkpoint
@@ -39,10 +40,11 @@ class Attempt:
 
     tracking_uri: str | None = None
 
-    def __init__(self, config: RunConfig, root: Location, record: RunRecord) -> None:
+    def __init__(self, config: RunConfig, root: Location, record: RunRecord, folder: Path | None = None) -> None:
+        """`folder`: where log, pictures and models are made on this machine; none: the run's workbench."""
         self.config, self.root, self.record = config, root, record
         self.number = len(record.attempts) + 1
-        self.folder = workbench(root)
+        self.folder = folder or workbench(root)
         if not root.is_local and not record.attempts and self.folder.exists():
             Location.of(self.folder).move_to(aside(Location.of(self.folder)))  # of a run that --fresh has moved away
         self.log_path = self.folder / "events.jsonl"
@@ -117,11 +119,11 @@ class Attempt:
         except Exception as error:  # whatever drawing and writing make of it, the run is what it is
             log.warning("the final model cannot be written to %s, so it is not registered: %r", self.folder, error)
             return
+        self._publish(*([report] if report else []), *([model["path"]] if model else []))
         if report is not None:
             event_log.append("artifact", path=report)
         if model is not None:
             event_log.append("model", **model)
-        self._publish(*([report] if report else []), *([model["path"]] if model else []))
 
     def _summaries(self) -> Iterator[str]:
         """Write the recipe and the curves beside the log, for MLflow; the names of the files."""
@@ -136,14 +138,14 @@ class Attempt:
                 except OSError as error:  # a full disk
                     log.warning("%s cannot be written: %s", self.folder / name, error)
                 else:
+                    self._publish(name)
                     yield name
-        self._publish(*(name for name in ("curves.png",) if contents[name] is not None))
 
     def _publish(self, *names: str) -> None:
         """A store that is away costs the copies there: what was made here, and MLflow, have the same."""
         try:
             for name in names:
-                publish(self.root, name)
+                publish(self.root, name, self.folder)
         except OSError as error:
             log.warning("%s has not got what lies in %s (%s)", self.root.uri, self.folder, error)
 

@@ -1,4 +1,4 @@
-"""What is made on the driver's machine for a run on an object store, copied into the run's folder there.
+"""What is made on a machine's disk for a run on an object store, copied into the run's folder there, and back.
 
 Pictures, reports and portable models are made beside the log, below ~/.cache/jem/spool: their libraries write to disks.
 """
@@ -15,25 +15,31 @@ LAST = ("model.json", "report.json", "against.json", "samples.json")
 
 
 def workbench(root: Location) -> Path:
-    """Where files of a run are made: in its own folder, or on this machine's disk."""
+    """Where a driver makes files of a run: in the run's own folder, or on this machine's disk."""
     return root.local if root.is_local else spool_of(root)
 
 
-def publish(root: Location, name: str) -> None:
-    """Copy a file or folder of the workbench into the run's folder, if that is elsewhere. Raises OSError."""
+def publish(root: Location, name: str, folder: Path | None = None) -> None:
+    """Copy a file or folder below `folder`, else the workbench, into the run's folder elsewhere. Raises OSError."""
     if root.is_local:
         return
-    made = workbench(root) / name
+    folder = folder or workbench(root)
+    made = folder / name
     files = [path for path in made.rglob("*") if path.is_file()] if made.is_dir() else [made]
     for path in sorted(files, key=lambda path: path.name in LAST):
-        (root / path.relative_to(workbench(root)).as_posix()).write(path.read_bytes())
+        (root / path.relative_to(folder).as_posix()).write(path.read_bytes())
+
+
+def fetch(root: Location, name: str) -> None:
+    """The other way round, to the workbench: a file, or a folder with its files. Raises OSError."""
+    source, target = root / name, workbench(root) / name
+    files = {target / file.name: file for file in source.children()} if source.is_dir() else {target: source}
+    for path, file in sorted(files.items(), key=lambda pair: pair[0].name in LAST):
+        if not file.is_dir():
+            Location.of(path).write(file.read())
 
 
 def bring(root: Location, name: str) -> None:
-    """The other way round, where the folder is not here yet: another machine has published it. Raises OSError."""
-    made = workbench(root) / name
-    if root.is_local or made.exists():
-        return
-    for file in sorted((root / name).children(), key=lambda file: file.name in LAST):
-        if not file.is_dir():
-            Location.of(made / file.name).write(file.read())
+    """Fetch a folder that another machine has published, if there is one, and it is not here. Raises OSError."""
+    if not root.is_local and not (workbench(root) / name).exists() and (root / name).exists():
+        fetch(root, name)

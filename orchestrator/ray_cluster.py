@@ -41,7 +41,11 @@ PRIVATE = {
 """Of a Ray of our own."""
 
 # A submitted job's own environment variables are kept, but for those set here: PYTHONPATH is extended.
-JOINED = {"RAY_OVERRIDE_JOB_RUNTIME_ENV": "1"}
+JOINED = {
+    "RAY_OVERRIDE_JOB_RUNTIME_ENV": "1",
+    # How long workers may take to start: a machine that an autoscaler brings is up and installed in some minutes.
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "1800",
+}
 
 TOKEN = Path.home() / ".ray" / "auth_token"
 
@@ -82,7 +86,7 @@ def ray_session(cpus: int, settings: Mapping[str, str] | None = None) -> Iterato
     `settings`: environment variables of Ray's, besides those that all of our commands set.
     """
     address = os.environ.get("RAY_ADDRESS")
-    for key, value in (QUIET | dict(settings or {}) | (JOINED if address else PRIVATE)).items():
+    for key, value in (QUIET | (JOINED if address else PRIVATE) | dict(settings or {})).items():
         os.environ.setdefault(key, value)
     import ray
 
@@ -126,10 +130,11 @@ def train_on_ray(
     init_from: str | None,
     cluster: Cluster,
     until: int | None = None,
+    place: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
     """Run the worker function on every worker; what it returned on rank 0. Raises what Ray raises.
 
-    `until`: a step at which the run stops as if asked to.
+    `until`: a step at which the run stops as if asked to. `place`: custom resources that a worker takes besides a CPU.
     """
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
@@ -139,12 +144,14 @@ def train_on_ray(
     if not cluster.private and not root.is_local:  # the driver's log is filled from checkpoints, see Mirror
         log_path = log_path.with_name("events-of-rank-0.jsonl")
     job = Job(config, root, log_path, attempt, init_from, facts(), until)
+    gpu = use_gpu(config, cluster)
     trainer = (_private_trainer() if cluster.private else TorchTrainer)(
         _worker,
         train_loop_config={"job": job},
         scaling_config=ScalingConfig(
             num_workers=(config.min_workers, config.max_workers) if elastic(config) else config.max_workers,
-            use_gpu=use_gpu(config, cluster),
+            use_gpu=gpu,
+            resources_per_worker={"CPU": 1, **({"GPU": 1} if gpu else {}), **place} if place else None,
             elastic_resize_monitor_interval_s=RESIZE_EVERY_S,
         ),
         run_config=RunConfig(

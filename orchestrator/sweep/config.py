@@ -98,6 +98,9 @@ class ResourcesConfig(Settings):
         None, ge=0, doc="GPUs a worker, 0.5 for two to share one; none: 1 where device=cuda, or auto and there are any"
     )
     memory: float = setting(1.0, ge=0, doc="GiB a worker")
+    label: str | None = setting(
+        None, doc="custom resource of a cluster's machines: trials run on those alone that have it, such as spot"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

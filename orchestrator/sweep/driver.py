@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -13,10 +14,12 @@ from jem.settings import digest
 from orchestrator.attempt import Attempt, failed
 from orchestrator.config import check_folder, load_run_config, shown
 from orchestrator.outbox import RUN_ID
+from orchestrator.published import workbench
 from orchestrator.ray_cluster import cores, ray_session
 from orchestrator.registry import resolve_model
 from orchestrator.result import Result
-from orchestrator.runs import lock, read_record, write_config
+from orchestrator.runs import lock, read_record, storage_of, write_config
+from orchestrator.survey import log_of
 from orchestrator.sweep import decide
 from orchestrator.sweep.axes import valid
 from orchestrator.sweep.config import OBJECTIVES, Sweep, to_yaml, trial_config
@@ -25,7 +28,7 @@ from orchestrator.sweep.drawing import base_value
 from orchestrator.sweep.plots import draw_plots
 from orchestrator.sweep.population import evolve, stretches
 from orchestrator.sweep.resources import fit
-from orchestrator.sweep.session import Record, Session, open_folder, shared_storage, shortened
+from orchestrator.sweep.session import Record, Session, open_folder, shortened
 from orchestrator.sweep.space import points
 from orchestrator.sweep.summary import summary
 from orchestrator.sweep.table import Row, counts, read_trials, write_tables
@@ -49,7 +52,7 @@ class SweepResult(Result):
 def run_sweep(sweep: Sweep, fresh: bool = False) -> SweepResult:
     """Search, train the finalists, decide; or go on with that; or read out what came of it."""
     check_folder(sweep.run)
-    storage = shared_storage(trial_config(sweep, {}, name=sweep.name), "a sweep needs")
+    storage = storage_of(trial_config(sweep, {}, name=sweep.name))
     root = storage / sweep.name
     with lock(root):
         record = open_folder(root, Record(sweep.name, sweep.science), fresh)
@@ -76,7 +79,10 @@ class Search(Session[SweepResult]):
         here = cores()
         with ray_session(here) as cluster:
             memory = psutil.virtual_memory().available / GIB if cluster.private else cluster.memory
-            fitting = fit(sweep, here if cluster.private else cluster.cpus, cluster.gpus, memory)
+            cpus = here if cluster.private else cluster.cpus
+            fitting = fit(sweep, cpus, cluster.gpus, memory, grows=not cluster.private)
+            if cpus < fitting.at_once * fitting.cpu_each:
+                print(f"{fitting.why}: as many run as there is room for, until there is more", file=sys.stderr)
             init_from = resolve_model(sweep.run.init_from, self.root, self.uri)
             setting = Setting(sweep, self.root, cluster, config.resources.cpu, init_from)
 
@@ -135,7 +141,7 @@ class Search(Session[SweepResult]):
         config = trial_config(self.sweep, row.point, **place, **measured)
         spec = self.trial_spec(row.name)
         assert spec is not None
-        self.uploads.add(row.name, spec, root.local / "events.jsonl", root.local)
+        self.uploads.add(row.name, spec, log_of(root), workbench(root))
         self.uploads.reopen(row.name)
         with lock(root):
             record = read_record(root)
@@ -169,7 +175,7 @@ class Search(Session[SweepResult]):
         status, metrics, winner = outcome["status"], outcome.get("metrics", {}), outcome.get("winner")
         files, note = [*names, "summary.md"], shortened(text) + pictures
         run_id = self.tell(status, files, note, metrics=metrics, step=outcome.get("step"))
-        model = newest_model((self.root / TRIALS / winner.name).local) if winner is not None else None
+        model = newest_model(workbench(self.root / TRIALS / winner.name)) if winner is not None else None
         result = SweepResult(
             run_id=run_id,
             name=self.sweep.name,
@@ -182,7 +188,7 @@ class Search(Session[SweepResult]):
             tracking_uri=shown(self.uri),
             message=outcome.get("message", ""),
             best=_told(winner) if winner is not None else None,
-            recipe=str(recipe) if recipe else None,
+            recipe=(self.root / "recipe.yaml").uri if recipe else None,
             trials=dict(counts(rows)),
             verdict=decision.verdict if decision else "",
         )

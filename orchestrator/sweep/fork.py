@@ -13,7 +13,6 @@ import shutil
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from jem import checkpoint
@@ -74,7 +73,7 @@ def hold(root: Location, step: int) -> int | None:
             continue
         if found not in held:
             try:
-                _link(directory.local, (root / HANDED / found).local)
+                _link(directory, root / HANDED / found)
             except OSError:  # pruned at this moment
                 continue
         for old in checkpoint.committed(root / HANDED)[KEPT:]:
@@ -92,7 +91,7 @@ def prepare(root: Location, fork: Fork, config: RunConfig) -> Location:
     source = checkpoint.read_manifest(root.parent / fork.donor / HANDED / fork.step)
     source.verify()
     made = root / INCOMING / fork.step
-    _link(source.directory.local, made.local, without=(MANIFEST, EVENTS))
+    _link(source.directory, made, without=(MANIFEST, EVENTS))
     (made / MANIFEST).write(_manifest(source, fork, config))
     return made
 
@@ -118,16 +117,19 @@ def _manifest(source: Manifest, fork: Fork, config: RunConfig) -> bytes:
     return sealed(json.loads(json.dumps({**head, "info": info, "files": files})))
 
 
-def _link(source: Path, target: Path, without: tuple[str, ...] = ()) -> None:
+def _link(source: Location, target: Location, without: tuple[str, ...] = ()) -> None:
     """The folder under another name: its files are never written again, so that links will do. The manifest is last."""
-    shutil.rmtree(target, ignore_errors=True)  # what an interrupted attempt has left
-    target.mkdir(parents=True)
-    for path in sorted(source.iterdir(), key=lambda path: path.name == MANIFEST):
-        if path.name in without or path.name.startswith((".", "part-")):
+    target.remove()  # what an interrupted attempt has left
+    target.mkdir()
+    for file in sorted(source.children(), key=lambda file: file.name == MANIFEST):
+        if file.name in without or file.name.startswith((".", "part-")):
+            continue
+        if not source.is_local:
+            (target / file.name).write(file.read())
             continue
         try:
-            os.link(path, target / path.name)
+            os.link(file.local, (target / file.name).local)
         except FileNotFoundError:
             raise
         except OSError:  # a filesystem without links
-            shutil.copyfile(path, target / path.name)
+            shutil.copyfile(file.local, (target / file.name).local)

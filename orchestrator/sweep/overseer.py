@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -9,13 +10,22 @@ from contextlib import contextmanager
 
 from jem.files import Location
 from orchestrator.mlflow_run import RunSpec
+from orchestrator.published import bring, publish, workbench
+from orchestrator.survey import log_of
 from orchestrator.sweep.config import Sweep
 from orchestrator.sweep.live import Board, TrialState
+from orchestrator.sweep.shared_log import Following
 from orchestrator.sweep.table import SEEDS, Row, best, read_trials
 from orchestrator.sweep.trial import CLOSING, TRIALS
 from orchestrator.sweep.upload import Uploads
+from orchestrator.upload import STATE_NAME
+
+log = logging.getLogger(__name__)
 
 LOOK_EVERY_S = 1.0
+ASK_EVERY_S = 4.0
+"""The same where each trial is some requests to an object store."""
+
 OVER = ("finished", "pruned", "diverged", "failed")
 WINNER_S = 15.0
 """Kept for the end: the winner is measured, tables and pictures are made."""
@@ -40,6 +50,7 @@ class Overseer:
         self.board = Board(title, sweep.config.objective, n, at_once)
         self.sent: set[str] = set()
         self.closed: set[str] = set()
+        self.following = Following()
         self.stop = threading.Event()
         self.watch: threading.Thread | None = None
 
@@ -49,7 +60,7 @@ class Overseer:
 
         def watch() -> None:
             try:
-                while not self.stop.wait(LOOK_EVERY_S):
+                while not self.stop.wait(LOOK_EVERY_S if self.root.is_local else ASK_EVERY_S):
                     self.look(spent + time.time() - began, reserve)
                 self.look(spent + time.time() - began, reserve)
             finally:
@@ -69,12 +80,18 @@ class Overseer:
             self.watch.join()
 
     def look(self, elapsed: float, reserve: int) -> None:
+        self.follow()
         rows = read_trials(self.root)
         for row in rows:
             spec = self.spec(row.name) if row.name not in self.sent else None
             if spec is not None:
-                folder = (self.root / TRIALS / row.name).local
-                self.uploads.add(row.name, spec, folder / "events.jsonl", folder)
+                trial = self.root / TRIALS / row.name
+                try:
+                    bring(trial, STATE_NAME)  # which run of MLflow's it is: another machine may know
+                    self.uploads.add(row.name, spec, log_of(trial), workbench(trial))
+                    publish(trial, STATE_NAME)
+                except OSError:  # a store that is away for a moment: the next look does it again
+                    continue
                 self.sent.add(row.name)
             if row.status in OVER and row.name in self.sent - self.closed:
                 self.closed.add(row.name)
@@ -91,6 +108,16 @@ class Overseer:
         self.board.update(
             [self.state(row) for row in own], [self.state(row) for row in best(rows, self.sweep)], elapsed, budget
         )
+
+    def follow(self) -> None:
+        """Bring the copies of the trials' logs up to date, where those are on an object store."""
+        if self.root.is_local:
+            return
+        for trial in (self.root / TRIALS).children():
+            try:
+                self.following.catch_up(trial)
+            except OSError as error:  # a store that is away for a moment: the next look asks again
+                log.debug("%s: %s", trial.uri, error)
 
     def needed(self, rows: list[Row], reserve: int) -> float:
         """Seconds for a trial that would begin now, for those of the next stage, and for the end."""

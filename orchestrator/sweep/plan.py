@@ -30,11 +30,12 @@ def plan(sweep: Sweep, cpus: float | None = None, gpus: float | None = None, mem
     """
     check_folder(sweep.run)
     here = machine()
-    have = tuple(there if given is None else given for given, there in zip((cpus, gpus, memory_gib), here, strict=True))
+    asked = zip((cpus, gpus, memory_gib), here, strict=True)
+    have_cpus, have_gpus, have_memory = (there if given is None else given for given, there in asked)
     elsewhere = "RAY_ADDRESS" in os.environ and cpus is None
     rows, metrics = [*_about(sweep)], _counts(sweep)
     try:
-        fitted = fit(sweep, *have)
+        fitted = fit(sweep, have_cpus, have_gpus, have_memory)
         rows.append(("resources", f"{fitted.at_once} at once: {fitted.why}"))
         metrics["at_once"] = float(fitted.at_once)
     except ConfigError as error:

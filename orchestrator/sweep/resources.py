@@ -48,11 +48,16 @@ class _Need:
         return f"{trials} x (0 + {workers} x {worker}) = {trials * self.each:g}{self.unit} {self.what}"
 
 
-def fit(sweep: Sweep, cpus: float, gpus: float, memory_gib: float) -> Fit:
+SHARE = 0.001
+"""Of a custom resource that a worker takes: any number of them fit one machine that has it."""
+
+
+def fit(sweep: Sweep, cpus: float, gpus: float, memory_gib: float, grows: bool = False) -> Fit:
     """How many trials run at once where there are so many CPUs, GPUs and GiB.
 
     A trial takes what its workers take, the most of them if it is elastic. Raises ConfigError if not even one fits,
-    or fewer than `concurrency`, with the sum and what to change.
+    or fewer than `concurrency`, with the sum and what to change. `grows`: of a cluster `concurrency` is asked for
+    whatever is there: an autoscaler may bring what is missing, and until then trials wait.
     """
     config, workers = sweep.config, sweep.run.max_workers
     memory = config.resources.memory
@@ -64,10 +69,12 @@ def fit(sweep: Sweep, cpus: float, gpus: float, memory_gib: float) -> Fit:
     if gpu:
         remedy = "workers or resources.gpu (0.5: two share one), or set device=cpu"
         needs.append(_Need("GPUs", "", workers * gpu, gpus, "resources.gpu", remedy))
-    problems = list(_impossible(needs, workers, config.concurrency))
-    if problems:
-        raise ConfigError(problems)
-    limits = {f"the {need.what}": need.trials for need in needs} | {"budget.trials": config.budget.trials}
+    limits: dict[str, float] = {"budget.trials": config.budget.trials}
+    if not grows or config.concurrency is None:
+        problems = list(_impossible(needs, workers, config.concurrency))
+        if problems:
+            raise ConfigError(problems)
+        limits |= {f"the {need.what}": need.trials for need in needs}
     if config.concurrency is not None:
         limits["concurrency"] = config.concurrency
     at_once = int(min(limits.values()))

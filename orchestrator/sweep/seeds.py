@@ -22,11 +22,11 @@ from orchestrator.config import DEFAULTS, RunConfig, check_folder, shown, to_yam
 from orchestrator.ray_cluster import Cluster, cores, start_ray
 from orchestrator.registry import resolve_model
 from orchestrator.result import Result
-from orchestrator.runs import lock, read_record
+from orchestrator.runs import lock, read_record, storage_of
 from orchestrator.sweep.config import BudgetConfig, Sweep, SweepConfig
 from orchestrator.sweep.decide import over_seeds
 from orchestrator.sweep.resources import GIB, Fit, fit, gpus_a_worker, machine
-from orchestrator.sweep.session import Record, Session, open_folder, shared_storage, shortened
+from orchestrator.sweep.session import Record, Session, open_folder, shortened
 from orchestrator.sweep.summary import counts_text, seeds_summary
 from orchestrator.sweep.table import BASE, GOING_ON, SEEDS, Row, counts, read_trials, write_tables
 from orchestrator.sweep.trial import TRIALS, Setting, Trial, over
@@ -54,7 +54,7 @@ def run_seeds(config: RunConfig, fresh: bool = False) -> SeedsResult:
     check_folder(config)
     if config.evaluate.complete:
         check_sets(config.evaluate.sets, config.data)  # now, not when all is trained
-    storage = shared_storage(config, "several seeds need")
+    storage = storage_of(config)
     root = storage / f"{config.name}{SUFFIX}"
     with lock(root):
         record = open_folder(root, Record(root.name, config.science, SEEDS), fresh, DEFAULTS)

@@ -19,14 +19,16 @@ from typing import Any, Generic, TypeVar
 from jem.errors import ConfigError, Problem
 from jem.files import Location
 from orchestrator.attempt import failed
-from orchestrator.config import RunConfig, shown
+from orchestrator.config import shown
 from orchestrator.control import request_stop
 from orchestrator.events import EventLog
 from orchestrator.facts import facts
 from orchestrator.mlflow_run import RunSpec
+from orchestrator.published import publish, workbench
 from orchestrator.result import Result
-from orchestrator.runs import read_record, set_aside, storage_of
+from orchestrator.runs import aside, read_record, set_aside
 from orchestrator.signals import StopSignals
+from orchestrator.survey import log_of
 from orchestrator.sweep.config import Sweep
 from orchestrator.sweep.overseer import Overseer
 from orchestrator.sweep.resources import Fit
@@ -65,14 +67,6 @@ class Record:
 
     def save(self, root: Location) -> None:
         (root / RECORD).write(json.dumps(asdict(self), indent=1).encode())
-
-
-def shared_storage(config: RunConfig, what: str) -> Location:
-    """Where the folder lies. Raises ConfigError if not all nodes can share it; `what` needs that."""
-    storage = storage_of(config)
-    if not storage.is_local:
-        raise ConfigError([Problem("storage_path", f"{storage.uri}: {what} a folder that all nodes share")])
-    return storage
 
 
 def open_folder(root: Location, new: Record, fresh: bool, usual: Mapping[str, Any] | None = None) -> Record:
@@ -118,7 +112,9 @@ class Session(ABC, Generic[R]):
         """`params` and `tags` are those of the parent run in MLflow."""
         self.sweep, self.root, self.record = sweep, root, record
         self.uri, self.artifacts = default_uri(storage, sweep.run.tracking.uri)
-        self.folder = root.local
+        self.folder = workbench(root)
+        if not root.is_local and not record.attempts and self.folder.exists():
+            Location.of(self.folder).move_to(aside(Location.of(self.folder)))  # of what --fresh has moved away
         self.log_path = self.folder / "events.jsonl"
         for attempt in record.attempts[-1:]:  # a driver that was killed could not say when
             attempt.setdefault("ended", max(attempt["started"], _last_sign(root)))
@@ -150,7 +146,8 @@ class Session(ABC, Generic[R]):
         for word in (CLOSING, STOPPING):
             (self.root / word).remove()
         name, content = self.recipe()
-        (self.root / name).write(content.encode())
+        Location.of(self.folder / name).write(content.encode())
+        publish(self.root, name)
         EventLog(self.log_path).close()
         self.uploads.start()
         with StopSignals() as self.signals:
@@ -199,6 +196,7 @@ class Session(ABC, Generic[R]):
         """Send what came of it to MLflow, `files` of the folder among it, and end its run there; the run's id."""
         log = EventLog(self.log_path)
         for name in files:
+            publish(self.root, name)
             log.append("artifact", path=name)
         log.append("tags", tags={"mlflow.note.content": note, "status": status, **(tags or {})})
         if metrics:
@@ -245,7 +243,7 @@ def texts(values: Mapping[str, Any]) -> dict[str, str]:
 
 def _last_sign(root: Location) -> float:
     """When a driver or one of its trials last wrote something down."""
-    logs = [root.local / "events.jsonl", *(root / TRIALS).local.glob("*/events.jsonl")]
+    logs = [log_of(root), *(log_of(trial) for trial in (root / TRIALS).children())]
     return max((log.stat().st_mtime for log in logs if log.exists()), default=0.0)
 
 

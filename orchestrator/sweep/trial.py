@@ -17,11 +17,14 @@ from orchestrator.attempt import Attempt, failed
 from orchestrator.config import RunConfig
 from orchestrator.control import request_stop
 from orchestrator.events import EventLog
+from orchestrator.mirror import Mirror
 from orchestrator.ray_cluster import Cluster, train_on_ray
 from orchestrator.result import Result
 from orchestrator.runs import RunRecord, lock, open_record, read_record, write_config
 from orchestrator.sweep.config import OBJECTIVES, Sweep, trial_config
 from orchestrator.sweep.fork import go_over, prepare, read_forks, write_trial
+from orchestrator.sweep.resources import SHARE
+from orchestrator.sweep.shared_log import Sharing, desk
 from orchestrator.sweep.table import GOING_ON
 
 TRIALS, CLOSING, STOPPING = "trials", "closing", "stopping"
@@ -64,8 +67,9 @@ class Work:
         self.root = setting.root / TRIALS / trial.name
         self.result: Result | None = None
         self.leaving: str | None = None
-        self.log_path = self.root.local / "events.jsonl"
-        self.offset = self.log_path.stat().st_size if self.log_path.exists() else 0
+        self.log_path = desk(self.root) / "events.jsonl"
+        self.offset = 0
+        self.begun = threading.Event()  # from then on, what follows `offset` in the log is of this attempt
         self.unread: list[events.Event] = []
         self.last_step = trial.until or setting.sweep.run.steps
         self.thread = threading.Thread(target=self._run, daemon=True, name="trial")
@@ -75,8 +79,9 @@ class Work:
         """Wait for the next measurement, or for the end; the last one has `done`, and is never `stopped`."""
         while True:
             over = not self.thread.is_alive()
-            found, self.offset = events.read(self.log_path, self.offset)
-            self.unread += found
+            if self.begun.is_set():
+                found, self.offset = events.read(self.log_path, self.offset)
+                self.unread += found
             while self.unread:
                 event = self.unread.pop(0)
                 metrics = event.get("metrics", {})
@@ -114,7 +119,9 @@ class Work:
             return Result(name=name, status="out of time")
         if (self.setting.root / STOPPING).exists():
             return Result(name=name, status="stopped")
-        with _patiently(root):
+        with _patiently(root), Sharing(root):
+            self.offset = self.log_path.stat().st_size if self.log_path.exists() else 0
+            self.begun.set()
             self._go_over()
             config = self._config()
             record = open_record(root, config, fresh=False)
@@ -123,7 +130,7 @@ class Work:
                 return Result(**record.result)
             write_trial(root, self.content, read_forks(root))
             write_config(root, config)
-            attempt = Attempt(config, root, record)
+            attempt = Attempt(config, root, record, desk(root))
             attempt.begin()
             try:
                 outcome = self._train(config, attempt)
@@ -169,11 +176,15 @@ class Work:
         return trial_config(sweep, trial.point if point is None else point, **place)
 
     def _train(self, config: RunConfig, attempt: Attempt) -> dict[str, Any]:
-        number, init_from = attempt.number, self.setting.init_from
-        if config.max_workers > 1:
-            cluster, until = self.setting.cluster, self.trial.until
-            return train_on_ray(config, self.root, attempt.log_path, number, init_from, cluster, until)
-        return train_here(config, self.root, attempt, init_from, self.setting.cpus, self.trial.until)
+        setting, until = self.setting, self.trial.until
+        number, init_from, cluster = attempt.number, setting.init_from, setting.cluster
+        several = config.max_workers > 1
+        with Mirror(self.root, attempt.log_path, needed=several and not cluster.private):
+            if several:
+                label = setting.sweep.config.resources.label
+                place = {label: SHARE} if label else {}
+                return train_on_ray(config, self.root, attempt.log_path, number, init_from, cluster, until, place)
+            return train_here(config, self.root, attempt, init_from, setting.cpus, until)
 
 
 def search_trial(sweep: Sweep, number: int, point: dict[str, Any]) -> Trial:

@@ -19,7 +19,7 @@ from ray.tune.search.optuna import OptunaSearch
 from orchestrator.sweep.axes import valid
 from orchestrator.sweep.config import OBJECTIVES, Sweep
 from orchestrator.sweep.orphans import freeing_orphans
-from orchestrator.sweep.resources import Fit
+from orchestrator.sweep.resources import SHARE, Fit
 from orchestrator.sweep.space import draw
 from orchestrator.sweep.trial import Setting, Trial, Work, search_trial
 
@@ -127,12 +127,16 @@ def run_stage(stage: str, trials: Sequence[Trial], setting: Setting, fit: Fit) -
     Without `trials` they are suggested as the search goes on. Tune is asked for what it remembers before anything of
     the same name is made: that would be overwritten, and the scheduler with it.
     """
+    sweep, folder = setting.sweep, setting.root / "tune"
+    if not folder.is_local:  # some requests each time; the trials themselves forget nothing
+        os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "10")
     for key, value in QUIET.items():
         os.environ.setdefault(key, value)
-    sweep, folder = setting.sweep, setting.root / "tune"
     workers = sweep.run.max_workers
     cpu = 0.0 if workers > 1 else fit.cpu_each  # a driver only waits: with a CPU of its own its workers would not fit
     resources = {"CPU": cpu, "memory": 1} | ({"GPU": fit.gpu_each} if workers == 1 and fit.gpu_each else {})
+    if sweep.config.resources.label and workers == 1:
+        resources[sweep.config.resources.label] = SHARE
     trainable = tune.with_resources(tune.with_parameters(SweepTrial, setting=setting), resources)
     path = str(Path(folder.path) / stage)
     if tune.Tuner.can_restore(path, storage_filesystem=folder.fs):

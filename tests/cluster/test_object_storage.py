@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -88,12 +90,15 @@ def server(folder, gate):
     process.wait(20)
 
 
+def keys(prefix=""):
+    pages = boto3.client("s3").get_paginator("list_objects_v2").paginate(Bucket="bucket", Prefix=prefix)
+    return [entry["Key"] for page in pages for entry in page.get("Contents", [])]
+
+
 def objects(prefix=""):
     """The bucket's keys and their bytes."""
     client = boto3.client("s3")
-    pages = client.get_paginator("list_objects_v2").paginate(Bucket="bucket", Prefix=prefix)
-    keys = [entry["Key"] for page in pages for entry in page.get("Contents", [])]
-    return {key: client.get_object(Bucket="bucket", Key=key)["Body"].read() for key in keys}
+    return {key: client.get_object(Bucket="bucket", Key=key)["Body"].read() for key in keys(prefix)}
 
 
 def test_everything_of_a_run_may_be_in_a_bucket_and_no_secret_is(folder, server):
@@ -192,3 +197,49 @@ def test_a_store_that_stays_away_ends_the_run_with_the_reason_and_the_same_comma
     whole, half = checkpoints_of("away")
     assert 50 in whole
     assert not half
+
+
+SWEEP = """
+base: digits
+objective: val/nll
+searcher: random
+budget: {trials: 2, steps: 30}
+finalists: 0
+space: {sgld.step_size: {uniform: [0.5, 1.0]}}
+settings: {workers: 1, model.name: "slow_net:slow", model.options.pause: 0.3, model.channels: [4], batch_size: 8,
+  optimizer.warmup_steps: 2, sgld.steps: 2, replay.capacity: 200, checkpoint.every: 10, tracking.every: 5}
+"""
+
+
+def test_a_sweep_in_a_bucket_that_is_stopped_goes_on_on_another_machine(folder, gate, tmp_path, monkeypatch):
+    (folder / "small.yaml").write_text(SWEEP)
+    command = [sys.executable, str(ROOT / "jobs" / "sweep.py"), "small.yaml", "name=small", f"storage_path={RUNS}"]
+    command += [f"tracking.uri=sqlite:///{folder}/sweep.db"]
+    with (folder / "first.out").open("w") as out, (folder / "first.err").open("w") as err:
+        first = subprocess.Popen(command, cwd=folder, stdout=out, stderr=err)
+    deadline = time.monotonic() + 120
+    while not any("checkpoints/10/manifest.json" in key for key in keys("runs/small/trials/")):
+        assert first.poll() is None, (folder / "first.err").read_text()
+        assert time.monotonic() < deadline, (folder / "first.err").read_text()
+        time.sleep(0.5)
+    first.send_signal(signal.SIGTERM)
+    assert first.wait(40) == 143, (folder / "first.err").read_text()
+    bring(tmp_path, "slow_net.py")
+    monkeypatch.setenv("HOME", str(tmp_path))  # another machine, which has nothing of the sweep
+    second = subprocess.run([*command[:2], str(folder / "small.yaml"), *command[3:]], cwd=tmp_path, capture_output=True)
+    assert second.returncode == 0, second.stderr.decode()
+    result = json.loads(second.stdout.splitlines()[-1])
+    assert result["trials"] == {"finished": 2}
+    assert result["recipe"] == f"{RUNS}/small/recipe.yaml"
+    there = objects("runs/small/")
+    names = {key.removeprefix("runs/small/") for key in there}
+    assert {"sweep.yaml", "sweep.json", "trials.csv", "summary.md", "recipe.yaml", "decision.json"} <= names
+    stopped = json.loads(there["runs/small/trials/t000/run.json"])["attempts"]
+    assert [attempt["status"] for attempt in stopped][:2] == ["stopped", "finished"], "a third is the winner's"
+    with sqlite3.connect(folder / "sweep.db") as db:
+        runs = sorted(db.execute("SELECT name, status FROM runs").fetchall())
+        query = "SELECT r.name, m.step FROM metrics m JOIN runs r USING (run_uuid) WHERE key = 'train/loss'"
+        steps = sorted(db.execute(query).fetchall())
+    assert runs == [(name, "FINISHED") for name in ("small", "t000", "t001")]
+    expected = [(name, step) for name in ("t000", "t001") for step in range(5, 31, 5)]
+    assert [point for point in steps if point[0] != "small"] == expected, "each point once"

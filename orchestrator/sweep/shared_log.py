@@ -1,0 +1,88 @@
+"""A trial's log where the storage is an object store, which knows no appending.
+
+The trial's process keeps its log on its own machine's disk and shares the whole of it every few seconds, as
+TRIAL/events.jsonl; the sweep's driver follows with a copy, from which tables, pictures and MLflow are made.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+from pathlib import Path
+from types import TracebackType
+
+from jem.files import Location
+from orchestrator.events import EventLog
+from orchestrator.published import fetch, workbench
+from orchestrator.runs import spool_of
+
+log = logging.getLogger(__name__)
+
+LOG = "events.jsonl"
+SHARE_EVERY_S = 3.0
+
+
+def desk(root: Location) -> Path:
+    """Where a trial's process makes its files: not where the driver, perhaps on the same machine, keeps its copies."""
+    return root.local if root.is_local else spool_of(root) / "of-the-trial"
+
+
+class Sharing:
+    """While open, the trial's log is shared; it goes on from what was shared, wherever that was written."""
+
+    def __init__(self, root: Location) -> None:
+        self.root, self.path = root, desk(root) / LOG
+        self.shared = -1  # bytes
+        self.stop = threading.Event()
+        self.thread = threading.Thread(target=self._work, daemon=True, name="share the log")
+
+    def __enter__(self) -> Sharing:
+        if not self.root.is_local:
+            if (self.root / LOG).exists():
+                Location.of(self.path).write((self.root / LOG).read())
+            self.thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        if not self.root.is_local:
+            self.stop.set()
+            self.thread.join()
+            self._share(last=True)
+
+    def _work(self) -> None:
+        while not self.stop.wait(SHARE_EVERY_S):
+            self._share()
+
+    def _share(self, last: bool = False) -> None:
+        try:
+            content = self.path.read_bytes() if self.path.exists() else b""
+            if len(content) != self.shared and content:
+                (self.root / LOG).write(content)
+                self.shared = len(content)
+        except OSError as error:  # a store that is away: the next time tries again
+            if last:
+                log.warning("%s cannot be written (%s): the end of the log is in %s", self.root.uri, error, self.path)
+
+
+class Following:
+    """The driver's copies of its trials' logs."""
+
+    def __init__(self) -> None:
+        self.seen: dict[str, int] = {}  # bytes of each log as it was shared
+
+    def catch_up(self, trial: Location) -> None:
+        """Append what is new in a trial's log to its copy, once the files that it tells of are here. Raises OSError."""
+        shared = trial / LOG
+        if trial.is_local or not shared.exists() or (size := shared.size()) == self.seen.get(trial.uri):
+            return
+        copy = workbench(trial) / LOG
+        known = set(copy.read_bytes().splitlines()) if copy.exists() else set()
+        new = [line for line in shared.read().splitlines() if line not in known]
+        for event in map(json.loads, new):
+            if event["kind"] in ("image", "artifact", "model"):
+                fetch(trial, event["path"])
+        written = EventLog(copy)
+        written.extend(b"".join(line + b"\n" for line in new))
+        written.close()
+        self.seen[trial.uri] = size
