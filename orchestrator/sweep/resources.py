@@ -69,6 +69,11 @@ def fit(sweep: Sweep, cpus: float, gpus: float, memory_gib: float, grows: bool =
     if gpu:
         remedy = "workers or resources.gpu (0.5: two share one), or set device=cpu"
         needs.append(_Need("GPUs", "", workers * gpu, gpus, "resources.gpu", remedy))
+    if config.resources.label is not None and not grows:
+        message = (
+            f"is {config.resources.label!r}: machines of that kind are a cluster's; set RAY_ADDRESS, or leave it out"
+        )
+        raise ConfigError([Problem("resources.label", message)])
     limits: dict[str, float] = {"budget.trials": config.budget.trials}
     if not grows or config.concurrency is None:
         problems = list(_impossible(needs, workers, config.concurrency))

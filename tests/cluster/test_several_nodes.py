@@ -44,7 +44,7 @@ def nodes(monkeypatch):
 
 
 def test_a_training_loses_a_node_and_takes_in_another(folder, nodes):
-    run, steps = folder / "runs" / "three", 240
+    run, steps = folder / "runs" / "three", 200
     command = Command(folder, *TINY, "name=three", f"steps={steps}", "workers=1..3", "model.options.pause=0.4")
     try:
         command.wait_until(lambda: [e for e in log_of(run, "checkpoint") if e["step"] >= 20])

@@ -53,6 +53,14 @@ def test_as_many_trials_run_at_once_as_fit(cpus, gpus, memory, arguments, expect
     assert at_once(cpus, gpus, memory, *arguments) == expected
 
 
+def test_of_a_cluster_concurrency_is_asked_for_and_an_autoscaler_brings_what_is_missing():
+    found = fit(load_sweep("digits_sgld", ["concurrency=3", "resources.label=spot"]), 0, 0, 1, grows=True)
+    assert found.at_once == 3
+    with pytest.raises(ConfigError, match="of which there are 0"):
+        fit(load_sweep("digits_sgld", []), 0, 0, 1, grows=True)  # how many are wanted is not known
+    assert problems(8, 0, 16, "resources.label=spot")[0].startswith("resources.label: is 'spot': machines of that kind")
+
+
 def test_a_trial_takes_what_all_its_workers_take():
     arguments = ["workers=2", "resources.cpu=3", "resources.memory=5", "resources.gpu=0.5"]
     found = fit(load_sweep("digits_sgld", arguments), 16, 2, 64)

@@ -370,12 +370,6 @@ def test_a_single_run_or_a_sweep_in_the_place_is_told(store, no_ray):
         run_seeds(config())
 
 
-def test_an_object_store_is_refused(monkeypatch, tmp_path):
-    monkeypatch.setattr(Location, "is_local", property(lambda _: False))
-    with pytest.raises(ConfigError, match="several seeds need a folder that all nodes share"):
-        run_seeds(config(f"storage_path={tmp_path}"))
-
-
 def test_jobs_runs_lists_the_folder_as_what_it_is(store, no_ray, capsys):
     root = Location.of("runs/five-seeds")
     made_seeds(root, range(5), [WILD])
