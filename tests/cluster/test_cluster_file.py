@@ -211,7 +211,7 @@ finalists: 0
 concurrency: 2
 resources: {cpu: 3, label: spot}
 space: {sgld.step_size: {uniform: [0.5, 1.0]}}
-settings: {batch_size: 8, optimizer.warmup_steps: 2, sgld.steps: 2, replay.capacity: 200, device: cpu}
+settings: {workers: 1, batch_size: 8, optimizer.warmup_steps: 2, sgld.steps: 2, replay.capacity: 200, device: cpu}
 """
 
 
