@@ -23,10 +23,10 @@ from orchestrator.curves import curves_png, latest
 from orchestrator.events import EventLog
 from orchestrator.final_model import write_model
 from orchestrator.outbox import RUN_ID
-from orchestrator.published import publish, workbench
+from orchestrator.published import clear_workbench, publish, workbench
 from orchestrator.report_files import final_report
 from orchestrator.result import Result
-from orchestrator.runs import RunRecord, aside
+from orchestrator.runs import RunRecord
 
 log = logging.getLogger(__name__)
 
@@ -45,8 +45,8 @@ class Attempt:
         self.config, self.root, self.record = config, root, record
         self.number = len(record.attempts) + 1
         self.folder = folder or workbench(root)
-        if not root.is_local and not record.attempts and self.folder.exists():
-            Location.of(self.folder).move_to(aside(Location.of(self.folder)))  # of a run that --fresh has moved away
+        if not record.attempts:
+            clear_workbench(root, self.folder)
         self.log_path = self.folder / "events.jsonl"
         self.saving = threading.Lock()
 

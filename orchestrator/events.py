@@ -23,6 +23,7 @@ import logging
 import os
 import threading
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +132,12 @@ def read(path: Path, offset: int = 0, limit: int = -1) -> tuple[list[Event], int
             data = _whole_lines(data)
     except FileNotFoundError:
         return [], offset
-    return [_parse(line) for line in data.splitlines()], offset + len(data)
+    return parse(data.splitlines()), offset + len(data)
+
+
+def parse(lines: Iterable[bytes]) -> list[Event]:
+    """Lines of a log as events; one that is none is of the kind `damaged`."""
+    return [_parse(line) for line in lines]
 
 
 def _parse(line: bytes) -> Event:

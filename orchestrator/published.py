@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from jem.files import Location
-from orchestrator.runs import spool_of
+from orchestrator.runs import aside, spool_of
 
 LAST = ("model.json", "report.json", "against.json", "samples.json")
 """Without them a folder counts as not there: they are written when the rest is."""
@@ -17,6 +17,13 @@ LAST = ("model.json", "report.json", "against.json", "samples.json")
 def workbench(root: Location) -> Path:
     """Where a driver makes files of a run: in the run's own folder, or on this machine's disk."""
     return root.local if root.is_local else spool_of(root)
+
+
+def clear_workbench(root: Location, folder: Path | None = None) -> None:
+    """For a run that is new in its place: what was made here for one that --fresh has moved away is kept beside."""
+    made = Location.of(folder or workbench(root))
+    if not root.is_local and made.exists():
+        made.move_to(aside(made))
 
 
 def publish(root: Location, name: str, folder: Path | None = None) -> None:

@@ -120,8 +120,11 @@ def _manifest(source: Manifest, fork: Fork, config: RunConfig) -> bytes:
 def _link(source: Location, target: Location, without: tuple[str, ...] = ()) -> None:
     """The folder under another name: its files are never written again, so that links will do. The manifest is last."""
     target.remove()  # what an interrupted attempt has left
+    files = source.children()
+    if not files:
+        raise FileNotFoundError(source.uri)
     target.mkdir()
-    for file in sorted(source.children(), key=lambda file: file.name == MANIFEST):
+    for file in sorted(files, key=lambda file: file.name == MANIFEST):
         if file.name in without or file.name.startswith((".", "part-")):
             continue
         if not source.is_local:

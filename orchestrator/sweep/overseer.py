@@ -61,8 +61,8 @@ class Overseer:
         def watch() -> None:
             try:
                 while not self.stop.wait(LOOK_EVERY_S if self.root.is_local else ASK_EVERY_S):
-                    self.look(spent + time.time() - began, reserve)
-                self.look(spent + time.time() - began, reserve)
+                    self._look(spent + time.time() - began, reserve)
+                self._look(spent + time.time() - began, reserve)
             finally:
                 self.board.close()
 
@@ -78,6 +78,14 @@ class Overseer:
         self.stop.set()
         if self.watch is not None:
             self.watch.join()
+
+    def _look(self, elapsed: float, reserve: int) -> None:
+        try:
+            self.look(elapsed, reserve)
+        except OSError as error:
+            if self.root.is_local:
+                raise
+            log.warning("%s: %s", self.root.uri, error)  # a store that is away for a moment: the next look asks again
 
     def look(self, elapsed: float, reserve: int) -> None:
         self.follow()

@@ -9,6 +9,7 @@ FOLDER/events.jsonl    the log of the parent run in MLflow, uploaded.json what o
 from __future__ import annotations
 
 import json
+import logging
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
@@ -24,9 +25,9 @@ from orchestrator.control import request_stop
 from orchestrator.events import EventLog
 from orchestrator.facts import facts
 from orchestrator.mlflow_run import RunSpec
-from orchestrator.published import publish, workbench
+from orchestrator.published import clear_workbench, publish, workbench
 from orchestrator.result import Result
-from orchestrator.runs import aside, read_record, set_aside
+from orchestrator.runs import read_record, set_aside
 from orchestrator.signals import StopSignals
 from orchestrator.survey import log_of
 from orchestrator.sweep.config import Sweep
@@ -37,6 +38,8 @@ from orchestrator.sweep.trial import CLOSING, STOPPING, TRIALS, Setting, Trial
 from orchestrator.sweep.upload import Uploads
 from orchestrator.tracking import default_uri
 from orchestrator.waiting import wait_for_ray
+
+logger = logging.getLogger(__name__)
 
 RECORD = "sweep.json"
 UPLOAD_S = 60.0
@@ -76,6 +79,8 @@ def open_folder(root: Location, new: Record, fresh: bool, usual: Mapping[str, An
     there is something else.
     """
     if fresh and root.exists():
+        for trial in (root / TRIALS).children():
+            clear_workbench(trial)
         set_aside(root)
     remedy = Problem("", "give it another name=, or start it anew with --fresh (what is there is kept as NAME.1)")
     if (root / "run.json").exists():
@@ -113,8 +118,8 @@ class Session(ABC, Generic[R]):
         self.sweep, self.root, self.record = sweep, root, record
         self.uri, self.artifacts = default_uri(storage, sweep.run.tracking.uri)
         self.folder = workbench(root)
-        if not root.is_local and not record.attempts and self.folder.exists():
-            Location.of(self.folder).move_to(aside(Location.of(self.folder)))  # of what --fresh has moved away
+        if not record.attempts:
+            clear_workbench(root)
         self.log_path = self.folder / "events.jsonl"
         for attempt in record.attempts[-1:]:  # a driver that was killed could not say when
             attempt.setdefault("ended", max(attempt["started"], _last_sign(root)))
@@ -196,7 +201,10 @@ class Session(ABC, Generic[R]):
         """Send what came of it to MLflow, `files` of the folder among it, and end its run there; the run's id."""
         log = EventLog(self.log_path)
         for name in files:
-            publish(self.root, name)
+            try:
+                publish(self.root, name)
+            except OSError as error:  # a store that is away: MLflow gets them from here
+                logger.warning("%s has not got %s (%s)", self.root.uri, self.folder / name, error)
             log.append("artifact", path=name)
         log.append("tags", tags={"mlflow.note.content": note, "status": status, **(tags or {})})
         if metrics:

@@ -6,13 +6,13 @@ TRIAL/events.jsonl; the sweep's driver follows with a copy, from which tables, p
 
 from __future__ import annotations
 
-import json
 import logging
 import threading
 from pathlib import Path
 from types import TracebackType
 
 from jem.files import Location
+from orchestrator import events
 from orchestrator.events import EventLog
 from orchestrator.published import fetch, workbench
 from orchestrator.runs import spool_of
@@ -39,8 +39,10 @@ class Sharing:
 
     def __enter__(self) -> Sharing:
         if not self.root.is_local:
-            if (self.root / LOG).exists():
-                Location.of(self.path).write((self.root / LOG).read())
+            shared = (self.root / LOG).read() if (self.root / LOG).exists() else b""
+            here = self.path.read_bytes() if self.path.exists() else b""
+            if not (shared and here.startswith(shared)):  # else a process that died here had logged some more
+                Location.of(self.path).write(shared)
             self.thread.start()
         return self
 
@@ -79,7 +81,7 @@ class Following:
         copy = workbench(trial) / LOG
         known = set(copy.read_bytes().splitlines()) if copy.exists() else set()
         new = [line for line in shared.read().splitlines() if line not in known]
-        for event in map(json.loads, new):
+        for event in events.parse(new):
             if event["kind"] in ("image", "artifact", "model"):
                 fetch(trial, event["path"])
         written = EventLog(copy)

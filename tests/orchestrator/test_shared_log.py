@@ -11,7 +11,7 @@ from worker_runs import object_store
 from jem.files import Location
 from orchestrator import events
 from orchestrator.events import EventLog
-from orchestrator.published import bring, fetch, publish, workbench
+from orchestrator.published import bring, clear_workbench, fetch, publish, workbench
 from orchestrator.sweep import shared_log
 from orchestrator.sweep.shared_log import Following, Sharing, desk
 
@@ -71,6 +71,30 @@ def test_a_trial_that_begins_again_elsewhere_goes_on_in_its_log(trial, tmp_path,
     with Sharing(trial):
         log_steps(trial, 3)
     assert [json.loads(line)["step"] for line in (trial / "events.jsonl").read().splitlines()] == [1, 2, 3]
+
+
+def test_what_a_process_that_died_had_not_shared_yet_is_kept_and_what_is_of_a_run_before_is_not(trial):
+    with Sharing(trial):
+        log_steps(trial, 1)
+    log_steps(trial, 2)  # and then it is killed
+    with Sharing(trial):
+        assert steps(desk(trial) / "events.jsonl") == [1, 2]
+    (trial / "events.jsonl").remove()  # --fresh has moved it away
+    with Sharing(trial):
+        assert steps(desk(trial) / "events.jsonl") == []
+
+
+def test_what_was_made_for_a_run_before_is_kept_beside(trial, tmp_path):
+    workbench(trial).mkdir(parents=True)
+    (workbench(trial) / "events.jsonl").write_text("old")
+    clear_workbench(trial)
+    assert not workbench(trial).exists()
+    (kept,) = workbench(trial).parent.glob("t000-*.1")
+    assert (kept / "events.jsonl").read_text() == "old"
+    local = Location.of(tmp_path / "run")
+    local.mkdir()
+    clear_workbench(local)
+    assert local.exists(), "on a disk the folder is the run's own"
 
 
 def test_the_copy_tells_of_no_file_that_is_not_there_yet(trial):
