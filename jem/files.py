@@ -7,6 +7,7 @@ fsync, rename); object stores give that by themselves.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import uuid
 from dataclasses import dataclass, field
@@ -38,11 +39,15 @@ class Location:
         try:
             filesystem, path = pafs.FileSystem.from_uri(_with_whole_writes(text))
         except Exception as error:  # pyarrow raises several types here, all about the URI
-            raise ValueError(f"{text}: not a location that pyarrow can open: {error}") from error
-        local = isinstance(filesystem, pafs.LocalFileSystem)
+            said = f"{text}: not a location that pyarrow can open: {error}"
+            raise ValueError(re.sub(r"://[^/@\s]*:[^@\s]*@", "://***@", said)) from None
+        local, query = isinstance(filesystem, pafs.LocalFileSystem), text.partition("?")[2]
         if local:
             return cls(filesystem, path)
-        return cls(filesystem, path, text.partition("://")[0], text.partition("?")[2], text)
+        region = getattr(filesystem, "region", "")
+        if region and "region=" not in text:  # found out over the network, which another process need not ask again
+            text += f"{'&' if '?' in text else '?'}region={region}"
+        return cls(filesystem, path, text.partition("://")[0], query, text)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Opened anew by its URI in another process: pyarrow's own way forgets to retry what a cut connection fails."""

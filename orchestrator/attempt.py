@@ -45,6 +45,7 @@ class Attempt:
         self.config, self.root, self.record = config, root, record
         self.number = len(record.attempts) + 1
         self.folder = folder or workbench(root)
+        self.fetched = folder is not None and not root.is_local  # from the store, by whoever reads the log
         if not record.attempts:
             clear_workbench(root, self.folder)
         self.log_path = self.folder / "events.jsonl"
@@ -119,7 +120,8 @@ class Attempt:
         except Exception as error:  # whatever drawing and writing make of it, the run is what it is
             log.warning("the final model cannot be written to %s, so it is not registered: %r", self.folder, error)
             return
-        self._publish(*([report] if report else []), *([model["path"]] if model else []))
+        if not self._publish(*([report] if report else []), *([model["path"]] if model else [])) and self.fetched:
+            return
         if report is not None:
             event_log.append("artifact", path=report)
         if model is not None:
@@ -138,16 +140,18 @@ class Attempt:
                 except OSError as error:  # a full disk
                     log.warning("%s cannot be written: %s", self.folder / name, error)
                 else:
-                    self._publish(name)
-                    yield name
+                    if self._publish(name) or not self.fetched:
+                        yield name
 
-    def _publish(self, *names: str) -> None:
+    def _publish(self, *names: str) -> bool:
         """A store that is away costs the copies there: what was made here, and MLflow, have the same."""
         try:
             for name in names:
                 publish(self.root, name, self.folder)
         except OSError as error:
             log.warning("%s has not got what lies in %s (%s)", self.root.uri, self.folder, error)
+            return False
+        return True
 
     def _place_of(self, name: str) -> str | None:
         return (self.root / name).uri if (self.folder / name).exists() else None

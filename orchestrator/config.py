@@ -146,6 +146,12 @@ class RunConfig(JEMConfig):
 
     def conflicts(self) -> Iterator[tuple[str, str]]:
         yield from super().conflicts()
+        for key, uri in (("storage_path", self.storage_path), ("data.root", self.data.root or "")):
+            if re.match(r"(s3|gs|gcs|abfss?)://[^/@]*:[^@]*@", uri):
+                yield (
+                    key,
+                    "holds a password, which recipes would show; set AWS_ACCESS_KEY_ID and the like instead",
+                )
         if _bounds(self.workers) is None:
             yield "workers", f"is {self.workers!r}, must be N or MIN..MAX, such as 2 or 1..4"
         elif self.max_workers > self.batch_size:

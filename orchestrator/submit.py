@@ -77,9 +77,14 @@ def submit(
         return Submitted(status="submitted", job=job, name=job)
     try:
         last = asyncio.run(_follow(client, job, say))
+        ended = _ended(client, job, last)
     except KeyboardInterrupt:
         return Submitted(status="submitted", job=job, name=job, message=f"{job} goes on; it is no longer followed here")
-    return _ended(client, job, last)
+    except Exception as error:  # Ray and its HTTP client raise several types for a tunnel that has ended
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        lost = f"the connection was lost ({reason}): {job} goes on; ray job status{at} {job} tells how it ends"
+        return Submitted(status="submitted", job=job, name=job, code=1, message=lost)
+    return ended
 
 
 def _variables(environment: Sequence[str]) -> list[tuple[str, str]]:

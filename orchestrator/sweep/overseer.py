@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from jem.files import Location
+from orchestrator import events
 from orchestrator.mlflow_run import RunSpec
 from orchestrator.published import bring, publish, workbench
 from orchestrator.survey import log_of
@@ -51,6 +52,7 @@ class Overseer:
         self.sent: set[str] = set()
         self.closed: set[str] = set()
         self.following = Following()
+        self.error: Exception | None = None
         self.stop = threading.Event()
         self.watch: threading.Thread | None = None
 
@@ -62,7 +64,9 @@ class Overseer:
             try:
                 while not self.stop.wait(LOOK_EVERY_S if self.root.is_local else ASK_EVERY_S):
                     self._look(spent + time.time() - began, reserve)
-                self._look(spent + time.time() - began, reserve)
+                self._look(spent + time.time() - began, reserve, last=True)
+            except Exception as error:  # of a disk that is full, say: whoever waits for the trials looks once more
+                self.error = error
             finally:
                 self.board.close()
 
@@ -72,36 +76,39 @@ class Overseer:
             yield
         finally:
             self.leave()
+            if self.error is not None:
+                self.look(spent + time.time() - began, reserve, last=True)
 
-    def leave(self) -> None:
+    def leave(self, timeout: float | None = None) -> None:
         """Look a last time and take the board away; also from outside, while Tune's thread goes on."""
         self.stop.set()
         if self.watch is not None:
-            self.watch.join()
+            self.watch.join(timeout)
 
-    def _look(self, elapsed: float, reserve: int) -> None:
+    def _look(self, elapsed: float, reserve: int, last: bool = False) -> None:
         try:
-            self.look(elapsed, reserve)
+            self.look(elapsed, reserve, last)
         except OSError as error:
             if self.root.is_local:
                 raise
             log.warning("%s: %s", self.root.uri, error)  # a store that is away for a moment: the next look asks again
 
-    def look(self, elapsed: float, reserve: int) -> None:
-        self.follow()
+    def look(self, elapsed: float, reserve: int, last: bool = False) -> None:
+        """`last`: no trial is worked on any more."""
         rows = read_trials(self.root)
+        self.follow()
         for row in rows:
             spec = self.spec(row.name) if row.name not in self.sent else None
             if spec is not None:
                 trial = self.root / TRIALS / row.name
                 try:
                     bring(trial, STATE_NAME)  # which run of MLflow's it is: another machine may know
-                    self.uploads.add(row.name, spec, log_of(trial), workbench(trial))
+                    self.uploads.add(row.name, spec, log_of(trial), workbench(trial), trial)
                     publish(trial, STATE_NAME)
                 except OSError:  # a store that is away for a moment: the next look does it again
                     continue
                 self.sent.add(row.name)
-            if row.status in OVER and row.name in self.sent - self.closed:
+            if row.status in OVER and row.name in self.sent - self.closed and (last or self._has_all(row.name)):
                 self.closed.add(row.name)
                 self.uploads.reopen(row.name)
                 self.uploads.close_trial(row.name, row.status, row.reason)
@@ -116,6 +123,12 @@ class Overseer:
         self.board.update(
             [self.state(row) for row in own], [self.state(row) for row in best(rows, self.sweep)], elapsed, budget
         )
+
+    def _has_all(self, name: str) -> bool:
+        """Whether the log of a trial that is over is here to its end: in an object store it comes after the record."""
+        if self.root.is_local:
+            return True
+        return [event["kind"] for event in events.read(log_of(self.root / TRIALS / name))[0]][-1:] == ["end"]
 
     def follow(self) -> None:
         """Bring the copies of the trials' logs up to date, where those are on an object store."""

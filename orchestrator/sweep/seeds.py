@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -19,6 +18,7 @@ from jem.errors import ConfigError
 from jem.evaluate.others import check_sets
 from jem.files import Location
 from orchestrator.config import DEFAULTS, RunConfig, check_folder, shown, to_yaml
+from orchestrator.published import workbench
 from orchestrator.ray_cluster import Cluster, cores, start_ray
 from orchestrator.registry import resolve_model
 from orchestrator.result import Result
@@ -104,7 +104,7 @@ class SeedsWork(Session[SeedsResult]):
 
     def sent(self) -> bool:
         """Whether MLflow has everything."""
-        folders = [self.folder, *(self.folder / TRIALS / row.name for row in read_trials(self.root))]
+        folders = [self.folder, *(workbench(self.root / TRIALS / row.name) for row in read_trials(self.root))]
         return all(is_whole(folder) for folder in folders)
 
     def work(self) -> dict[str, Any]:
@@ -112,7 +112,8 @@ class SeedsWork(Session[SeedsResult]):
         if not left:  # but MLflow has not got everything, or the driver was killed while it made the tables
             with self.watching(SEEDS, n, 1):
                 return {"status": "finished"}
-        shutil.rmtree(self.folder / "tune" / SEEDS, ignore_errors=True)  # the runs themselves know how far they are
+        with suppress(OSError):
+            (self.root / "tune" / SEEDS).remove()  # the runs themselves know how far they are
         with start_ray(self.sweep.run) as cluster:
             fitting = self.fit(cluster)
             init_from = resolve_model(self.config.init_from, self.root, self.uri)

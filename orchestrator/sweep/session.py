@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -161,7 +162,7 @@ class Session(ABC, Generic[R]):
             except BaseException as error:
                 outcome = failed(error)
             if self.overseer is not None:  # Tune's thread may go on
-                self.overseer.leave()
+                self.overseer.leave(None if math.isinf(self.signals.left) else max(0.0, self.signals.left - SAVING_S))
             return self.close(outcome)
 
     def run_stage(
@@ -216,7 +217,10 @@ class Session(ABC, Generic[R]):
     def remember(self, result: R) -> R:
         self.record.status, self.record.result = result.status, asdict(result)
         self.record.attempts[-1] |= {"ended": time.time(), "status": result.status}
-        self.record.save(self.root)
+        try:
+            self.record.save(self.root)
+        except OSError as error:  # a full disk, a store that is away: what came of it is printed, and in MLflow
+            logger.warning("%s cannot be written: %s", (self.root / RECORD).uri, error)
         return result
 
     def _remember_run(self, run_id: str) -> None:
@@ -228,14 +232,17 @@ class Session(ABC, Generic[R]):
 
     def _ask_to_stop(self) -> None:
         """Again and again: a trial that was about to begin takes no notice of what was asked before."""
-        (self.root / STOPPING).write(b"1")
-        while running := self._running():
-            for row in running:
-                request_stop(self.root / TRIALS / row.name)
+        while not self._all_stopped():
+            with suppress(OSError):  # a store that is away for a moment
+                (self.root / STOPPING).write(b"1")
+                for row in self._running():
+                    request_stop(self.root / TRIALS / row.name)
             time.sleep(ASK_EVERY_S)
 
     def _all_stopped(self) -> bool:
-        return not self._running()
+        with suppress(OSError):
+            return not self._running()
+        return False
 
 
 def shortened(text: str) -> str:

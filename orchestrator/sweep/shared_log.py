@@ -41,7 +41,8 @@ class Sharing:
         if not self.root.is_local:
             shared = (self.root / LOG).read() if (self.root / LOG).exists() else b""
             here = self.path.read_bytes() if self.path.exists() else b""
-            if not (shared and here.startswith(shared)):  # else a process that died here had logged some more
+            more = bool(shared) and here.startswith(shared)  # a process that died here had not shared all
+            if (shared or here) and not more:
                 Location.of(self.path).write(shared)
             self.thread.start()
         return self
@@ -59,6 +60,7 @@ class Sharing:
     def _share(self, last: bool = False) -> None:
         try:
             content = self.path.read_bytes() if self.path.exists() else b""
+            content = content[: content.rfind(b"\n") + 1]  # a line may be under way
             if len(content) != self.shared and content:
                 (self.root / LOG).write(content)
                 self.shared = len(content)

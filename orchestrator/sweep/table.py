@@ -190,11 +190,15 @@ def _dominates(a: Sequence[float], b: Sequence[float]) -> bool:
 def _read(folder: Location) -> Row:
     """Whatever a folder makes this raise is what is said of it: one damaged trial must not hide the others."""
     row = _from_name(folder)
+    if not folder.is_local and (folder / "trial.json").exists():
+        (folder / "trial.json").read()  # a store that is away is no damage: that is raised
     try:
         row = _identified(folder)
         record = read_record(folder)
         return _with_record(row, record, folder) if record else row
     except (ConfigError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, OSError) and not folder.is_local:
+            raise
         said = str(error)
         reason = said if folder.uri in said else f"{folder.uri}: damaged ({type(error).__name__}: {said})"
         return replace(row, status="failed", reason=" ".join(reason.split()))

@@ -34,6 +34,7 @@ class _Trial:
     spec: RunSpec  # without its parent
     log_path: Path
     run_dir: Path
+    root: Location  # its folder, which is another one where that is on an object store
     upload: Upload | None = None  # while there is something to send
     run_id: str | None = None
     over: str | None = None  # as what it ended
@@ -82,14 +83,15 @@ class Uploads:
     def start(self) -> None:
         self._sender.start()
 
-    def add(self, name: str, spec: RunSpec, log_path: Path, run_dir: Path) -> None:
+    def add(self, name: str, spec: RunSpec, log_path: Path, run_dir: Path, root: Location | None = None) -> None:
         """Send the trial's log from now on; nothing happens if it is known. `spec` says nothing of the parent."""
         with self._lock:
             if name in self._trials:
                 return
             upload = Upload(spec, Path(log_path), Path(run_dir))
             upload.reserve()  # so that jobs/sync.py can send it if MLflow is away until the end
-            self._trials[name] = _Trial(spec, Path(log_path), Path(run_dir), run_id=upload.run_id)
+            place = root or Location.of(run_dir)
+            self._trials[name] = _Trial(spec, Path(log_path), Path(run_dir), place, run_id=upload.run_id)
 
     def close_trial(self, name: str, status: str, reason: str = "") -> None:
         """The trial is over: nobody writes its log or run.json any more. Raises KeyError if it was never added.
@@ -184,7 +186,7 @@ class Uploads:
             trial.run_id = trial.upload.run_id
         trial.done, trial.upload = True, None
         assert trial.run_id
-        root = Location.of(trial.run_dir)
+        root = trial.root
         try:
             record = read_record(root)
             if record is not None:

@@ -69,3 +69,9 @@ def test_reading_what_is_not_there_says_so(root):
     with pytest.raises(FileNotFoundError):
         (root / "a").read()
     assert not (root / "a").exists()
+
+
+def test_a_uri_that_cannot_be_opened_is_told_without_its_password():
+    with pytest.raises(ValueError, match="not a location") as caught:
+        Location.of("nowhere://KEY:SE/CRET@bucket/runs")
+    assert "CRET" not in str(caught.value)

@@ -529,3 +529,12 @@ def test_a_configuration_can_be_neither_changed_nor_made_wrong():
         config.seed = 3
     with pytest.raises(ConfigError, match=r"workers: is 0, must be at least 1"):
         RunConfig(workers=0, seed=1, steps=1)
+
+
+def test_a_password_in_a_stores_uri_is_refused_and_not_repeated():
+    for key, uri in (("storage_path", "s3://KEY:SE/CRET@bucket/runs"), ("data.root", "s3://KEY:SECRET@bucket/data")):
+        with pytest.raises(ConfigError) as caught:
+            load_run_config("digits", [f"{key}={uri}"])
+        assert f"{key}: holds a password" in str(caught.value)
+        assert "CRET" not in str(caught.value)
+    load_run_config("digits", ["storage_path=s3://bucket/a:b@c"])
