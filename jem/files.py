@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import uuid
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,7 @@ class Location:
         """Opened anew by its URI in another process: pyarrow's own way forgets to retry what a cut connection fails."""
         if not self.opened_as:
             return Location, (self.fs, self.path, self.scheme, self.query)
-        return _reopened, (self.opened_as, self.path)
+        return _reopened, (self.opened_as, self.path, self.query)
 
     def __truediv__(self, name: str | int) -> Location:
         return self._at(f"{self.path.rstrip('/')}/{name}")
@@ -153,8 +153,8 @@ class Location:
         return self.fs.get_file_info(self.path)
 
 
-def _reopened(uri: str, path: str) -> Location:
-    return Location.of(uri)._at(path)
+def _reopened(uri: str, path: str, query: str) -> Location:
+    return replace(Location.of(uri), path=path, query=query)
 
 
 def _sync_folder(path: Path) -> None:
