@@ -232,9 +232,11 @@ class Session(ABC, Generic[R]):
 
     def _ask_to_stop(self) -> None:
         """Again and again: a trial that was about to begin takes no notice of what was asked before."""
-        while not self._all_stopped():
+        told = False
+        while not (told and self._all_stopped()):
             with suppress(OSError):  # a store that is away for a moment
-                (self.root / STOPPING).write(b"1")
+                (self.root / STOPPING).write(b"1")  # first, so that none begins, also where none runs yet
+                told = True
                 for row in self._running():
                     request_stop(self.root / TRIALS / row.name)
             time.sleep(ASK_EVERY_S)
