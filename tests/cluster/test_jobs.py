@@ -19,7 +19,7 @@ from jem.errors import ConfigError
 from orchestrator import facts
 from orchestrator.submit import check_size, uploaded
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 ROOT = Path(__file__).parents[2]
 SECRET = "a-secret-of-the-users"
 PLAIN = [argument for argument in TINY if not argument.startswith("model.")]
@@ -169,7 +169,7 @@ def test_a_stopped_job_leaves_a_checkpoint_and_a_closed_run_and_goes_on_when_sub
     named = ("--submission-id", "to-stop", "--no-wait", "--working-dir", ".")
     began = head.ray("submit", *named, "--", "python", *command, slow)
     assert began.returncode == 0, began.stderr
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not [e for e in log_of(run, "checkpoint") if e["step"] >= 10]:
         assert time.monotonic() < deadline, head.ray("logs", "to-stop").stdout
         time.sleep(0.3)

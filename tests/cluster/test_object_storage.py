@@ -24,7 +24,7 @@ from jem import checkpoint
 from jem.files import Location
 from orchestrator.runs import spool_of
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 SECRET = "the-secret-access-key-of-the-test"
 PLAIN = [a for a in TINY if not a.startswith("model.")]
 RUNS = "s3://bucket/runs"
@@ -80,7 +80,7 @@ def server(folder, gate):
     command += ["--artifacts-destination", "s3://bucket/mlflow"]
     with log.open("w") as file:
         process = subprocess.Popen(command, cwd=folder, stdout=file, stderr=file, start_new_session=True)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while "Application startup complete" not in log.read_text():
         assert process.poll() is None, log.read_text()
         assert time.monotonic() < deadline, log.read_text()
@@ -217,7 +217,7 @@ def test_a_sweep_in_a_bucket_that_is_stopped_goes_on_on_another_machine(folder, 
     command += [f"tracking.uri=sqlite:///{folder}/sweep.db"]
     with (folder / "first.out").open("w") as out, (folder / "first.err").open("w") as err:
         first = subprocess.Popen(command, cwd=folder, stdout=out, stderr=err)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not any("checkpoints/10/manifest.json" in key for key in keys("runs/small/trials/")):
         assert first.poll() is None, (folder / "first.err").read_text()
         assert time.monotonic() < deadline, (folder / "first.err").read_text()

@@ -97,7 +97,7 @@ class Cluster:
         with out.open("w") as file:
             process = subprocess.Popen(command, env=os.environ | self.environment, stdout=file, stderr=file)
         self.nodes.append(process)
-        deadline = time.monotonic() + 90
+        deadline = time.monotonic() + 200
         while "Ray runtime started" not in out.read_text():
             assert process.poll() is None, out.read_text()
             assert time.monotonic() < deadline, "the node did not come up"

@@ -34,7 +34,7 @@ from jem.world import World
 from orchestrator.checkpoints import find
 from orchestrator.recovery import Recovery
 
-pytestmark = [pytest.mark.faults, pytest.mark.timeout(500)]
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(900)]
 
 RANKS = (HOOKED, "workers=2", "batch_size=7", "replay.capacity=25", "optimizer.ema_decay=0.9", "evaluate.final=best")
 KILLED_AT = (2, 4, 5, 9, 12)

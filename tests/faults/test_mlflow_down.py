@@ -24,7 +24,7 @@ from orchestrator.config import load_run_config
 from orchestrator.runs import RunRecord, write_config
 from orchestrator.tracking import Uploader
 
-pytestmark = [pytest.mark.faults, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(900)]
 ROOT = Path(__file__).parents[2]
 SLOWEST_S = 0.05
 """How long one append to the log may take, whatever the server does."""

@@ -21,7 +21,7 @@ from ray_faults import (
     train,
 )
 
-pytestmark = [pytest.mark.faults, pytest.mark.timeout(500)]
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")

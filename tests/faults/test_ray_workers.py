@@ -20,7 +20,7 @@ from ray_faults import (
     train,
 )
 
-pytestmark = [pytest.mark.faults, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(900)]
 STEPS = 40
 SLOW = "model.options.pause=0.3"
 

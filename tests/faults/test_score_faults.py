@@ -16,7 +16,7 @@ __all__ = ["folder", "whole"]  # fixtures
 
 
 @pytest.mark.faults
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("which", ["the command", "a worker"])
 def test_scoring_that_is_disturbed_ends_with_the_same_scores(folder, whole, which):
     """A worker that is killed is replaced; the command that is stopped is typed again."""

@@ -56,7 +56,7 @@ class Command:
                 continue
         return found
 
-    def wait_until(self, condition, timeout=180):
+    def wait_until(self, condition, timeout=400):
         deadline = time.monotonic() + timeout
         while not condition():
             self.look()
@@ -64,7 +64,7 @@ class Command:
             assert time.monotonic() < deadline, "it took too long"
             time.sleep(0.1)
 
-    def end(self, timeout=240):
+    def end(self, timeout=600):
         deadline = time.monotonic() + timeout
         while self.process.poll() is None:
             self.look()

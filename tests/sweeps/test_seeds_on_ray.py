@@ -15,7 +15,7 @@ from mlflow import MlflowClient
 from scipy import stats
 
 ROOT = Path(__file__).parents[2]
-pytestmark = pytest.mark.timeout(400)
+pytestmark = pytest.mark.timeout(900)
 
 SMALL = (
     *("model.channels=[4]", "sgld.steps=1", "replay.capacity=64", "batch_size=16", "steps=60", "workers=1"),
@@ -31,7 +31,7 @@ def start(folder, *settings):
 
 
 def finish(process, code=0):
-    out, err = process.communicate(timeout=280)
+    out, err = process.communicate(timeout=600)
     assert process.returncode == code, err[-3000:]
     return json.loads(out.splitlines()[-1]), out
 
@@ -47,7 +47,7 @@ def finished(folder):
 
 
 def wait(driver, until):
-    deadline = time.monotonic() + 150
+    deadline = time.monotonic() + 300
     while not until():
         assert time.monotonic() < deadline
         assert driver.poll() is None, driver.stderr.read()

@@ -13,7 +13,7 @@ import pytest
 from mlflow import MlflowClient
 
 ROOT = Path(__file__).parents[2]
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(900)
 
 SMALL = """
 base: digits
@@ -51,7 +51,7 @@ def start(path, *settings):
 
 
 def wait(driver, until):
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not until():
         assert time.monotonic() < deadline
         assert driver.poll() is None, driver.stderr.read()
@@ -59,7 +59,7 @@ def wait(driver, until):
 
 
 def finish(process, code=0):
-    out, err = process.communicate(timeout=280)
+    out, err = process.communicate(timeout=600)
     assert process.returncode == code, err[-3000:]
     return json.loads(out.splitlines()[-1])
 
