@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from jem.config import JEMConfig, ReplayConfig
 from jem.models import make_network
+from jem.prior import Prior
 from jem.replay import ReplayBuffer
 from jem.settings import override
 from jem.train import sample, start
@@ -99,9 +100,8 @@ def sampling(kind: str, steps: int) -> int:
 
 def storage(dtype: str, _: int) -> int:
     """Of a shard of all chains, as allocated."""
-    shard = ReplayBuffer.start(
-        ReplayConfig(capacity=CHAINS, dtype=dtype), SHAPE, 10, World(), torch.Generator(here()), clamp=1.0
-    )
+    prior = Prior(ReplayConfig(capacity=CHAINS, dtype=dtype), SHAPE)
+    shard = ReplayBuffer.start(prior, 10, World(), torch.Generator(here()), clamp=1.0)
     return shard.chains.untyped_storage().nbytes()
 
 

@@ -8,6 +8,7 @@ that is read executes: tensors are safetensors, the rest is JSON.
     STEP/model.safetensors                 weights; ema.safetensors, best.safetensors where there are such
     STEP/optimizer.safetensors             moments and step counts, by parameter name
     STEP/chains-RANK-of-SIZE.safetensors   a rank's shard of the replay buffer, and the bound of uint8 levels
+    STEP/sampler.safetensors               the prior's statistics and the chains' length, where there are such
     STEP/rank-RANK-of-SIZE.safetensors     its generator, and sums of metrics not yet reported
     STEP/events.jsonl                      the run's log since the checkpoint before
 """
@@ -34,7 +35,8 @@ from jem.train import TrainState, dtype_of
 from jem.world import World
 
 SCHEMA = 2
-MANIFEST = "manifest.json"
+MANIFEST, SAMPLER = "manifest.json", "sampler.safetensors"
+LENGTH = "chain_length"
 
 
 @dataclass(frozen=True)
@@ -144,6 +146,7 @@ def restore(manifest: Manifest, state: TrainState, world: World, seed: int) -> d
     if state.replay is not None:
         anew = generator(state.generator.device, seed, "chains stored anew", world.rank, world.size, manifest.step)
         state.replay.take_over(read_chains(manifest, world, state.replay.config.capacity), anew)
+        _restore_sampler(manifest, state)
     if (manifest.world_size, manifest.device) == (world.size, state.generator.device.type):
         sums = manifest.tensors(rank_file(world.rank, world.size))
         state.generator.set_state(sums.pop("generator"))
@@ -159,6 +162,28 @@ def restore(manifest: Manifest, state: TrainState, world: World, seed: int) -> d
         for key in parts[0]
         if key != "generator"
     }
+
+
+def sampler_tensors(state: TrainState) -> dict[str, Tensor]:
+    """What the chains need besides where they stand, the same on every rank."""
+    assert state.replay is not None
+    length = {} if state.chain_length is None else {LENGTH: state.chain_length}
+    return {**state.replay.prior.tensors(), **length}
+
+
+def prior_tensors(manifest: Manifest) -> dict[str, Tensor]:
+    """What `jem.prior.Prior.tensors` gave; empty where chains start uniform."""
+    tensors = manifest.tensors(SAMPLER) if SAMPLER in manifest.files else {}
+    return {name: tensor for name, tensor in tensors.items() if name != LENGTH}
+
+
+def _restore_sampler(manifest: Manifest, state: TrainState) -> None:
+    assert state.replay is not None
+    prior = prior_tensors(manifest)
+    if prior:
+        state.replay.prior = state.replay.prior.with_tensors(prior)
+    if state.chain_length is not None and SAMPLER in manifest.files:
+        state.chain_length = manifest.tensors(SAMPLER).get(LENGTH, state.chain_length).to(state.chain_length.device)
 
 
 def read_chains(manifest: Manifest, world: World, capacity: int) -> Stored:

@@ -121,6 +121,22 @@ class SGLDConfig(Settings):
     gradient_clamp: float | None = setting(
         None, gt=0, doc="each component of a step's gradient is kept within +- this; with clamp: proximal SGLD (JEM++)"
     )
+    inner_steps: int = setting(
+        1, ge=1, doc="PYLD (JEM++): moves a step, all but the first through the network's first layer alone"
+    )
+    final_step_size: float | None = setting(
+        None, gt=0, doc="step_size of a visit's last step, reached in equal ratios; none: the same throughout"
+    )
+    final_noise_scale: float | None = setting(
+        None, ge=0, doc="noise_scale of a visit's last step, reached in equal differences; none: the same throughout"
+    )
+    max_steps: int | None = setting(
+        None, ge=2, doc="chains get longer, up to this, while data's energy is below theirs; none: always steps"
+    )
+
+    def conflicts(self) -> Iterator[tuple[str, str]]:
+        if self.max_steps is not None and self.max_steps <= self.steps:
+            yield "max_steps", f"is {self.max_steps}, must be greater than sgld.steps ({self.steps}), or left out"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +145,19 @@ class ReplayConfig(Settings):
 
     capacity: int = setting(10_000, ge=1, doc="chains over all workers")
     reinit_prob: float = setting(0.05, ge=0, le=1, doc="chance that a drawn chain restarts from the prior")
-    prior: str = setting("uniform", choices=("uniform",), doc="where chains start: uniform on [-1, 1]")
+    prior: str = setting(
+        "uniform",
+        choices=("uniform", "gaussian", "data"),
+        doc="where chains start: uniform on [-1, 1]; gaussian: mean and covariance of a class's training images "
+        "(JEM++); data: a training image with noise",
+    )
+    prior_noise: float = setting(0.3, ge=0, doc="prior=data: standard deviation of that noise, on the [-1, 1] scale")
+    prior_rank: int | None = setting(
+        None,
+        ge=1,
+        doc="directions of that covariance that are kept; none: all of images of up to 256 numbers, else 64",
+    )
+    uniform_share: float = setting(0.0, ge=0, le=1, doc="share of new chains that start uniform whatever the prior")
     dtype: str = setting(
         "float32",
         choices=("float32", "float16", "uint8"),
@@ -255,6 +283,10 @@ class JEMConfig(Settings):
                 "is uint8, whose levels lie within +- sgld.clamp, and chains without a clamp have no range: "
                 "set sgld.clamp=1, or take replay.dtype=float16",
             )
+        if self.replay.prior == "data" and self.data.stream:
+            yield "replay.prior", "is data, whose images must be in memory, and data.stream=true: take gaussian"
+        if self.compile and self.sgld.inner_steps > 1:
+            yield "compile", "is true, must be false with sgld.inner_steps > 1, whose gradients are in parts"
         if self.objective.p_x_y_weight > 0 and not self.sgld.conditional:
             yield (
                 "sgld.conditional",

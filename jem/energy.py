@@ -6,6 +6,7 @@ Energies are in nats, up to a constant of the model's own: never compare those o
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
@@ -16,6 +17,23 @@ EnergyFn = Callable[[Tensor], Tensor]
 
 Logits = Callable[[Tensor], Tensor]
 """Images [n, *d] to logits [n, C]: a network."""
+
+
+@dataclass(frozen=True)
+class SplitEnergy:
+    """An energy E(x) = rest(first(x)) of a network in two parts, `first` being its first layer (for PYLD)."""
+
+    first: Callable[[Tensor], Tensor]
+    rest: EnergyFn
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.rest(self.first(x))
+
+
+def split_energy_fn(network: torch.nn.Module, labels: Int[Tensor, " n"] | None = None) -> SplitEnergy:
+    """As `energy_fn`, of a network that has `halves`: its first layer and the rest."""
+    first, rest = network.halves()  # type: ignore[operator]
+    return SplitEnergy(first, energy_fn(rest, labels))
 
 
 def energy(logits: Float[Tensor, "n c"]) -> Float[Tensor, " n"]:

@@ -1,7 +1,8 @@
 """Networks: images in, logits out.
 
 A network of your own is a function of the signature of `small_conv` below, named in a recipe as
-`package.module:function`; its settings are `config.options`.
+`package.module:function`; its settings are `config.options`. PYLD (sgld.inner_steps) needs a method `halves` of it:
+the first layer and the rest, two functions of which the network is the composition.
 """
 
 from __future__ import annotations
@@ -44,7 +45,16 @@ def small_conv(config: ModelConfig, image_shape: ImageShape, n_classes: int) -> 
         layers += [nn.Conv2d(inside, outside, 3, stride, padding=1), _norm(config, outside), _activation(config)]
         side = torch.Size((n + 1) // stride if halve else n for n in side)
     last = layers.pop()  # after the flattening, which leaves its gradient in the memory order of its input
-    return nn.Sequential(*layers, nn.Flatten(), last, nn.Linear(config.channels[-1] * side.numel(), n_classes))
+    return SmallConv(*layers, nn.Flatten(), last, nn.Linear(config.channels[-1] * side.numel(), n_classes))
+
+
+class SmallConv(nn.Sequential):
+    """What `small_conv` makes."""
+
+    def halves(self) -> tuple[nn.Module, nn.Module]:
+        """The first convolution with its norm and its activation, and the rest."""
+        first = 3 if isinstance(self[3], nn.Conv2d) else 2  # of one convolution the activation comes after
+        return nn.Sequential(*self[:first]), nn.Sequential(*self[first:])
 
 
 def wide_resnet(config: ModelConfig, image_shape: ImageShape, n_classes: int) -> nn.Module:
@@ -68,8 +78,15 @@ class WideResNet(nn.Module):
         self.class_output = nn.Linear(widths[3], n_classes)
 
     def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n classes"]:
-        h = self.layer3(self.layer2(self.layer1(self.conv1(x))))
+        return self.after_first(self.conv1(x))
+
+    def after_first(self, h: Float[Tensor, "n 16 h w"]) -> Float[Tensor, "n classes"]:
+        h = self.layer3(self.layer2(self.layer1(h)))
         return self.class_output(self.activation(self.norm(h)).mean(dim=(2, 3)))  # type: ignore[no-any-return]
+
+    def halves(self) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+        """The first convolution, which is linear, and the rest."""
+        return self.conv1, self.after_first
 
 
 class Block(nn.Module):

@@ -2,7 +2,7 @@
 
 It is a folder of two files, neither of which can execute anything:
 
-    model.safetensors   the weights
+    model.safetensors   the weights; as prior/NAME, what chains start from, where that is not uniform noise
     model.json          the card: network, classes, temperature, threshold, what images it takes, where it is from
 
 Needs torch, numpy, safetensors and jaxtyping, no more: this is what runs where a model is served.
@@ -87,12 +87,16 @@ class Predictions(NamedTuple):
     in_distribution: np.ndarray  # [n], bool: log_density reaches the threshold
 
 
-def save(folder: Path, card: Card, weights: Mapping[str, Tensor]) -> None:
+PRIOR = "prior/"
+
+
+def save(folder: Path, card: Card, weights: Mapping[str, Tensor], prior: Mapping[str, Tensor] | None = None) -> None:
     """Write the folder; the card comes last and holds the digest of the weights, so that half a folder is none."""
     from jem.files import Location  # needs pyarrow, which is not needed to predict
 
     target = Location.of(folder)
-    data = pack_tensors({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()})
+    both = {**weights, **{f"{PRIOR}{name}": tensor for name, tensor in (prior or {}).items()}}
+    data = pack_tensors({name: tensor.detach().cpu().contiguous() for name, tensor in both.items()})
     content = {"schema": SCHEMA, "weights": {"bytes": len(data), "sha256": _sha256(data)}, **dataclasses.asdict(card)}
     (target / CARD).remove()
     (target / WEIGHTS).write(data)
@@ -106,7 +110,19 @@ def read_card(folder: Path) -> Card:
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
     """The network's tensors by name. Raises as `read_card`, and CheckpointError if they are not what was written."""
-    return dict(parse_tensors(_weights(Path(folder), _read(Path(folder))[1])))
+    return _parted(Path(folder))[0]
+
+
+def read_prior(folder: Path) -> dict[str, Tensor]:
+    """What `jem.prior.Prior.tensors` gave, by name; empty for a model whose chains start uniform. Raises as above."""
+    return _parted(Path(folder))[1]
+
+
+def _parted(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The network's tensors, and the prior's."""
+    tensors = parse_tensors(_weights(folder, _read(folder)[1]))
+    weights = {name: tensor for name, tensor in tensors.items() if not name.startswith(PRIOR)}
+    return weights, {name.removeprefix(PRIOR): tensors[name] for name in tensors.keys() - weights.keys()}
 
 
 class Predictor:
@@ -120,8 +136,7 @@ class Predictor:
     def load(cls, folder: Path, device: str | torch.device = "cpu") -> Predictor:
         """Raises DataError if the folder holds no model, CheckpointError if it is not as it was written."""
         folder = Path(folder)
-        card, recorded = _read(folder)
-        weights = parse_tensors(_weights(folder, recorded))
+        card, weights = read_card(folder), read_weights(folder)
         try:
             config = build(JEMConfig, {key: Entry(value) for key, value in ({"seed": 0} | card.config).items()})
             network = make_network(config.model, card.image_shape, len(card.classes)).to(device, dtype_of(config))

@@ -24,6 +24,7 @@ from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 from jem.config import ReplayConfig
+from jem.prior import Prior
 from jem.world import World
 
 
@@ -35,18 +36,6 @@ class Drawn(NamedTuple):
     labels: Int[Tensor, " n"]
     restarted: Bool[Tensor, " n"]
 
-
-def sample_prior(config: ReplayConfig, shape: tuple[int, ...], generator: torch.Generator) -> Float[Tensor, "n c h w"]:
-    """Where chains start."""
-    return PRIORS[config.prior](shape, generator)
-
-
-def uniform(shape: tuple[int, ...], generator: torch.Generator) -> Float[Tensor, "n c h w"]:
-    """Each pixel uniform on [-1, 1]."""
-    return torch.rand(shape, generator=generator, device=generator.device) * 2 - 1
-
-
-PRIORS = {"uniform": uniform}
 
 LEVELS = 255
 """Of uint8, above the lowest."""
@@ -88,14 +77,14 @@ class ReplayBuffer:
     chains: Tensor  # [shard, c, h, w], as they are stored
     first: int  # row of the whole buffer that slot 0 is
     n_classes: int
+    prior: Prior
     dtype: torch.dtype = torch.float32  # that chains move in
     bound: float | None = None  # of the levels of uint8
 
     @classmethod
     def start(
         cls,
-        config: ReplayConfig,
-        image_shape: tuple[int, int, int],
+        prior: Prior,
         n_classes: int,
         world: World,
         generator: torch.Generator,
@@ -103,9 +92,11 @@ class ReplayBuffer:
         clamp: float | None = None,
     ) -> ReplayBuffer:
         """A shard whose chains all stand at the prior. They move in `dtype`, within +-`clamp`, which uint8 needs."""
-        rows = world.share(config.capacity)
-        chains = sample_prior(config, (rows.stop - rows.start, *image_shape), generator)
-        made = cls(config, chains, rows.start, n_classes, dtype, clamp if config.dtype == "uint8" else None)
+        rows = world.share(prior.config.capacity)
+        labels = torch.arange(rows.start, rows.stop, device=generator.device) % n_classes
+        chains = prior.sample(labels, generator)
+        bound = clamp if prior.config.dtype == "uint8" else None
+        made = cls(prior.config, chains, rows.start, n_classes, prior, dtype, bound)
         made.chains = made.encoded(chains, generator)
         return made
 
@@ -147,9 +138,10 @@ class ReplayBuffer:
         device = self.chains.device
         slots = torch.randperm(len(self.chains), generator=generator, device=device)[:n]
         restarted = torch.rand(n, generator=generator, device=device) < self.config.reinit_prob
-        fresh = sample_prior(self.config, (n, *self.chains.shape[1:]), generator)
+        labels = self.labels(slots)
+        fresh = self.prior.sample(labels, generator)
         x = torch.where(restarted[:, None, None, None], fresh, self.positions(slots))
-        return Drawn(slots, x, self.labels(slots), restarted)
+        return Drawn(slots, x, labels, restarted)
 
     def write(
         self, slots: Int[Tensor, " n"], x: Float[Tensor, "n c h w"], generator: torch.Generator

@@ -22,7 +22,17 @@ import torch.distributed as dist
 from safetensors.torch import save as pack_tensors
 from torch import Tensor
 
-from jem.checkpoint import MANIFEST, SCHEMA, chains_file, part_record, rank_file, sealed, to_json
+from jem.checkpoint import (
+    MANIFEST,
+    SAMPLER,
+    SCHEMA,
+    chains_file,
+    part_record,
+    rank_file,
+    sampler_tensors,
+    sealed,
+    to_json,
+)
 from jem.errors import CheckpointError, DivergedError
 from jem.files import Location
 from jem.optim import optimizer_tensors
@@ -241,6 +251,8 @@ def _parts(
     parts["optimizer.safetensors"] = optimizer_tensors(state.network, state.optimizer)
     if state.average is not None:
         parts["ema.safetensors"] = state.average.state_dict()
+    if state.replay is not None and (sampler := sampler_tensors(state)):
+        parts[SAMPLER] = sampler
     if best is not None:
         parts["best.safetensors"] = best
     return parts

@@ -1,7 +1,10 @@
-"""Stochastic gradient Langevin dynamics on images."""
+"""Stochastic gradient Langevin dynamics on images, and what came after it: proximal steps, PYLD, schedules."""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -10,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from jem.config import SGLDConfig
-from jem.energy import EnergyFn
+from jem.energy import EnergyFn, SplitEnergy
 
 Differentiate = Callable[[EnergyFn, Tensor], tuple[Tensor, Tensor]]
 """An energy and positions [n, *d] to their energies [n] and the gradient of each at its position [n, *d]."""
@@ -51,14 +54,34 @@ def sgld_step(
     JEM++, 2021, who set both to 1 and noise_scale to 0). `grad_norm` is of the gradient before.
     """
     energy, gradient = differentiate(energy_fn, x)
-    noise = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
-    downhill = gradient
-    if config.gradient_clamp is not None:
-        downhill = gradient.clamp(-config.gradient_clamp, config.gradient_clamp)
-    moved = x - config.step_size * downhill + config.noise_scale * noise
-    if config.clamp is not None:
-        moved = moved.clamp(-config.clamp, config.clamp)
-    return moved, Transition(energy, gradient.flatten(1).norm(dim=1))
+    return _moved(x, gradient, config, generator), Transition(energy, gradient.flatten(1).norm(dim=1))
+
+
+def pyld_step(
+    energy_fn: SplitEnergy, x: Float[Tensor, "n ..."], config: SGLDConfig, generator: torch.Generator
+) -> tuple[Float[Tensor, "n ..."], Transition]:
+    """An outer step of PYLD (Yang & Ji, JEM++, 2021, after YOPO): `config.inner_steps` moves, one pass through the net.
+
+    With h = first(x), the gradient p = dE/dh is taken once, and held while x moves by
+
+        x' = x - step_size * J_first(x)^T p + noise_scale * eps,
+
+    each move costing a pass through the first layer alone. The first move is SGLD's own. Where the first layer is
+    linear (that of wide_resnet), so are the others: moves without noise then add up to one of inner_steps * step_size.
+    """
+    with torch.enable_grad():
+        position = x.detach().requires_grad_(True)
+        hidden = energy_fn.first(position)
+        energy = energy_fn.rest(hidden)
+        held, gradient = torch.autograd.grad(energy.sum(), [hidden, position])
+    transition = Transition(energy.detach(), gradient.flatten(1).norm(dim=1))
+    moved = _moved(x, gradient, config, generator)
+    for _ in range(config.inner_steps - 1):
+        with torch.enable_grad():
+            position = moved.detach().requires_grad_(True)
+            (gradient,) = torch.autograd.grad(energy_fn.first(position), position, held)
+        moved = _moved(moved, gradient, config, generator)
+    return moved, transition
 
 
 def sgld_chain(
@@ -67,8 +90,60 @@ def sgld_chain(
     config: SGLDConfig,
     generator: torch.Generator,
     differentiate: Differentiate = differentiate,
+    steps: int | None = None,
 ) -> tuple[Float[Tensor, "n ..."], Transition]:
-    """Advance n chains by `config.steps` steps; also what the last of them saw."""
-    for _ in range(config.steps):
-        x, transition = sgld_step(energy_fn, x, config, generator, differentiate)
+    """Advance n chains by `steps` steps (none: `config.steps`); also what the last of them saw."""
+    for i in range(config.steps if steps is None else steps):
+        now = along(config, i, steps)
+        if config.inner_steps > 1:
+            assert isinstance(energy_fn, SplitEnergy), "check_network asks for a network that has halves"
+            x, transition = pyld_step(energy_fn, x, now, generator)
+        else:
+            x, transition = sgld_step(energy_fn, x, now, generator, differentiate)
     return x, transition
+
+
+@functools.lru_cache(maxsize=4096)
+def along(config: SGLDConfig, i: int, steps: int | None = None) -> SGLDConfig:
+    """The settings of step i, from 0, of a chain of `steps` (none: `config.steps`) a visit.
+
+    From the first step to the last the step size goes in equal ratios to `final_step_size`, and the noise in equal
+    differences, as it may end at 0, to `final_noise_scale`. A chain that is longer begins again: it is made of visits.
+    """
+    if config.final_step_size is None and config.final_noise_scale is None:
+        return config
+    steps = config.steps if steps is None else steps
+    t = (i % steps) / max(steps - 1, 1)
+    size, noise = config.step_size, config.noise_scale
+    if config.final_step_size is not None:
+        size = math.exp((1 - t) * math.log(size) + t * math.log(config.final_step_size))
+    if config.final_noise_scale is not None:
+        noise = (1 - t) * noise + t * config.final_noise_scale
+    return dataclasses.replace(config, step_size=size, noise_scale=noise, final_step_size=None, final_noise_scale=None)
+
+
+GROWTH, FULL_GAP = 0.05, 0.1
+"""Of a chain's length: how much a step may change it, and the energy gap (nats) from which it does nearly so."""
+
+
+def adapted_length(length: Float[Tensor, ""], gap: Float[Tensor, ""], config: SGLDConfig) -> Float[Tensor, ""]:
+    """How long chains are after a step that saw this energy gap, mean E(data) - mean E(samples), over all ranks.
+
+    length' = length * exp(-0.05 tanh(gap / 0.1)), within [config.steps, config.max_steps]
+
+    A gap below 0 says that the model has outrun its chains: it finds data likelier than what it samples, and pushes
+    the samples' energy up without end. Chains then get longer; where they find energies as low as data's, shorter.
+    (A rule of ours.) A gap that is not finite changes nothing.
+    """
+    assert config.max_steps is not None
+    factor = (-GROWTH * torch.tanh(gap / FULL_GAP)).exp()
+    return (length * torch.where(gap.isfinite(), factor, 1.0)).clamp(config.steps, config.max_steps)
+
+
+def _moved(x: Tensor, gradient: Tensor, config: SGLDConfig, generator: torch.Generator) -> Tensor:
+    """Down the gradient, with noise, within the clamps."""
+    noise = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+    if config.gradient_clamp is not None:
+        gradient = gradient.clamp(-config.gradient_clamp, config.gradient_clamp)
+    moved = x - config.step_size * gradient + config.noise_scale * noise
+    return moved if config.clamp is None else moved.clamp(-config.clamp, config.clamp)

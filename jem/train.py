@@ -15,14 +15,16 @@ from torch.nn.parallel import DistributedDataParallel
 from jem.compiled import Compiled
 from jem.config import JEMConfig
 from jem.data.batches import Batch
-from jem.energy import Logits, energy_fn
+from jem.energy import Logits, energy_fn, split_energy_fn
+from jem.errors import ConfigError, Problem
 from jem.models import ImageShape, initialize_act_norm, make_network
 from jem.objective import Counts, Loss, jem_loss
 from jem.optim import BufferGuard, averaged_copy, guarded_update, learning_rate, make_optimizer, update_average
 from jem.pages import keep_freed_pages
+from jem.prior import Prior
 from jem.randomness import derive_seed, generator
 from jem.replay import ReplayBuffer
-from jem.sgld import Differentiate, Transition, differentiate, sgld_chain
+from jem.sgld import Differentiate, Transition, adapted_length, differentiate, sgld_chain
 from jem.world import World
 
 ALONE = World()
@@ -39,6 +41,7 @@ class TrainState:
     generator: torch.Generator  # of this rank's chains
     step: int = 0  # optimiser steps done
     world_epoch: int = 0  # how often the number of workers or the kind of device changed
+    chain_length: Tensor | None = None  # float32 [], of chains that adapt it (sgld.max_steps); the same on every rank
     differentiate: Differentiate = differentiate  # how, not what: in no checkpoint
 
 
@@ -82,22 +85,33 @@ def start(
     n_classes: int,
     world: World = ALONE,
     device: torch.device | str = "cpu",
+    prior: Prior | None = None,
 ) -> TrainState:
-    """A state at step 0; weights are the same on every rank, chains are each rank's own."""
+    """A state at step 0; weights are the same on every rank, chains are each rank's own.
+
+    `prior`: of `make_prior`, the same on every rank; none: a uniform one, which needs no images.
+    Raises ConfigError for a network of the user's own that has no halves where they are needed.
+    """
     keep_freed_pages()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(config.seed, "weights"))
         network = make_network(config.model, shape, n_classes).to(device, dtype_of(config))
+    if config.objective.samples_needed and config.sgld.inner_steps > 1 and not hasattr(network, "halves"):
+        message = (
+            f"is {config.sgld.inner_steps}: the network of {config.model.name} needs a method `halves` (jem.models)"
+        )
+        raise ConfigError([Problem("sgld.inner_steps", message)])
     average = averaged_copy(network) if config.optimizer.ema_decay else None
     chain_generator = generator(device, config.seed, "chains", world.rank, world.size, 0)
-    replay = None
+    replay, length = None, None
     if config.objective.samples_needed:
-        replay = ReplayBuffer.start(
-            config.replay, shape, n_classes, world, chain_generator, dtype_of(config), config.sgld.clamp
-        )
+        prior = prior or Prior(config.replay, shape)
+        replay = ReplayBuffer.start(prior, n_classes, world, chain_generator, dtype_of(config), config.sgld.clamp)
+        if config.sgld.max_steps is not None:
+            length = torch.tensor(float(config.sgld.steps), device=device)
     optimizer = make_optimizer(network, config.optimizer)
     how = Compiled() if config.compile else differentiate
-    return TrainState(network, average, optimizer, replay, chain_generator, differentiate=how)
+    return TrainState(network, average, optimizer, replay, chain_generator, chain_length=length, differentiate=how)
 
 
 def prepare_first_step(state: TrainState, images: Float[Tensor, "n c h w"]) -> None:
@@ -181,6 +195,9 @@ def train_step(
     guard.settle(skipped, world.size)
     if state.average is not None:
         update_average(state.average, network, config.optimizer.ema_decay, skipped)
+    if state.chain_length is not None:
+        gap = world.sum(loss.energy_data - loss.energy_samples)
+        state.chain_length = adapted_length(state.chain_length, gap, config.sgld)
     state.step += 1
     return StepInfo(
         loss._replace(total=loss.total.detach()),
@@ -208,8 +225,12 @@ def sample(state: TrainState, config: JEMConfig, like: Float[Tensor, "n c h w"],
     drawn = state.replay.draw(len(like), state.generator)
     state.network.eval()
     with autocast(config, like.device):
-        energy = energy_fn(state.network, drawn.labels if config.sgld.conditional else None)
-        images, transition = sgld_chain(energy, drawn.x, config.sgld, state.generator, state.differentiate)
+        make_energy = split_energy_fn if config.sgld.inner_steps > 1 else energy_fn
+        energy = make_energy(state.network, drawn.labels if config.sgld.conditional else None)
+        steps = config.sgld.steps
+        if state.chain_length is not None:
+            steps = round(state.chain_length.item())  # the one wait for the device, where chains adapt
+        images, transition = sgld_chain(energy, drawn.x, config.sgld, state.generator, state.differentiate, steps)
     lost = state.replay.write(drawn.slots, images, state.generator)
     shares = *_shares(transition, drawn.restarted, n_global), *looks(images, like, config, n_global)
     return Samples(images, drawn.labels, *shares, lost.to(like.dtype))

@@ -404,7 +404,11 @@ def remedied(config: C, change: str) -> C:
         if value is None:
             raise ConfigError([Problem(key, f"is none, which cannot be multiplied; use {key}=VALUE")])
         value *= float(factor)
-        return override(config, {key: max(1, round(value)) if key == "sgld.steps" else value})
+        if key != "sgld.steps":
+            return override(config, {key: value})
+        most = flatten(config)["sgld.max_steps"]  # chains that adapt keep their room
+        bound = {} if most is None else {"sgld.max_steps": max(2, round(most * float(factor)))}
+        return override(config, {key: max(1, round(value)), **bound})
     key, equals, text = change.partition("=")
     return override(config, {key: Entry(yaml.safe_load(text), raw=text)}) if equals else config
 

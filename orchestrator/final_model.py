@@ -85,7 +85,7 @@ def write_model(folder: Path, config: RunConfig, outcome: Mapping[str, Any], run
         examples = io.BytesIO()
         np.save(examples, found["examples"], allow_pickle=False)
         Location.of(folder / path / EXAMPLES).write(examples.getvalue())
-        save(folder / path, card, manifest.tensors(file))
+        save(folder / path, card, manifest.tensors(file), checkpoint.prior_tensors(manifest))
     return {"step": manifest.step, "path": path, "digest": digest, "name": config.registered_name} | {
         "champion": config.evaluate.champion
     }

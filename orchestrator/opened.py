@@ -21,6 +21,7 @@ from jem.data.catalog import describe
 from jem.errors import CheckpointError, ConfigError, DataError, Problem
 from jem.files import Location
 from jem.models import make_network
+from jem.prior import Prior
 from jem.settings import Entry, build
 from jem.train import dtype_of
 from orchestrator.config import RunConfig, anchored, mistakes, parse_arguments, read_recipe
@@ -57,12 +58,20 @@ class Opened:
     mlflow: Mapping[str, Any] = field(default_factory=dict)  # uri, experiment, run_id of that run, as far as known
     buffer: Callable[[], Tensor] | None = field(default=None, repr=False)  # the chains of its checkpoint, [n, c, h, w]
     buffer_digest: str = ""  # of the files that hold them
+    prior_tensors: Callable[[], dict[str, Tensor]] = field(default=dict, repr=False)  # see jem.prior.Prior.tensors
 
     def network(self) -> nn.Module:
         """The network with its weights, in eval mode. Raises CheckpointError for damaged ones."""
         network = make_network(self.config.model, self.image_shape, self.n_classes).to(dtype_of(self.config))
         checkpoint.load_weights(network, self.read(), self.source)
         return network.eval()
+
+    def prior(self) -> Prior:
+        """What its chains start from; no training image is in it. Raises CheckpointError for one that is not there."""
+        tensors, prior = self.prior_tensors(), Prior(self.config.replay, self.image_shape)
+        if self.config.replay.prior != "uniform" and not tensors:
+            raise CheckpointError(f"{self.source}: holds no statistics of replay.prior={self.config.replay.prior}")
+        return prior.with_tensors(tensors)
 
 
 def open_model(source: str, arguments: Sequence[str] = ()) -> Opened:
@@ -126,6 +135,7 @@ def _of_checkpoint(source: str, directory: Location, changes: Mapping[str, Entry
         buffer_digest="-".join(
             entry["sha256"][:16] for name, entry in manifest.files.items() if name.startswith("chains")
         ),
+        prior_tensors=lambda: checkpoint.prior_tensors(manifest),
     )
 
 
@@ -137,7 +147,7 @@ def _of_mlflow(source: str, changes: Mapping[str, Entry]) -> Opened:
 
 
 def _of_folder(source: str, folder: Path, changes: Mapping[str, Entry], mlflow: Mapping[str, Any]) -> Opened:
-    from jem.predict import read_card, read_weights
+    from jem.predict import read_card, read_prior, read_weights
 
     card = read_card(folder)
     info = card.info
@@ -157,6 +167,7 @@ def _of_folder(source: str, folder: Path, changes: Mapping[str, Entry], mlflow: 
         facts=info.get("facts") or {},
         run=Location.of(trained) if (trained / "run.json").exists() else None,
         mlflow=mlflow,
+        prior_tensors=lambda: read_prior(folder),
     )
 
 

@@ -94,7 +94,10 @@ def _network(config: RunConfig, spec: DataSpec) -> tuple[list[tuple[str, str]], 
 
 
 def passes(config: RunConfig) -> float:
-    """The cost of a step in forward passes of the batch: 2 an SGLD step, 3 a training pass."""
+    """The cost of a step in forward passes of the batch: 2 an SGLD step, 3 a training pass.
+
+    PYLD's inner steps, through the first layer alone, are not counted, nor what chains that adapt add to sgld.steps.
+    """
     labelled = 0.0
     if config.data.labels_per_class is not None:
         labelled = (config.data.labelled_batch_size or config.batch_size) / config.batch_size

@@ -26,7 +26,6 @@ from jem.evaluate.extractors import to_bytes
 from jem.evaluate.generation import fresh
 from jem.evaluate.sampled import training_length as default_steps
 from jem.randomness import generator as stream
-from jem.replay import sample_prior
 from jem.settings import flatten
 from jem.train import WIDE, dtype_of, frozen_logits
 from orchestrator.evaluate_on import Progress, one_thread
@@ -129,17 +128,20 @@ def _chains(
 ) -> Iterator[Tensor]:
     """Where each batch's chains end, on the host, as many of them as are wanted."""
     starts = _from_buffer(opened, plan, logits, device) if plan.init == "buffer" else None
+    prior = opened.prior().to(device) if starts is None else None
     filmed = set(marks(plan.steps, plan.frames))
     progress.start(plan.batches * plan.steps)
     for batch in range(plan.batches):
         first, stop = batch * BATCH, (batch + 1) * BATCH
         wanted = min(plan.count - first, BATCH)
         noise = stream(device, "sample", plan.seed, batch)
-        if starts is None:
-            x = sample_prior(opened.config.replay, (BATCH, *opened.image_shape), noise).to(dtype_of(opened.config))
-        else:
-            x = starts[first:stop].to(device)
         labels = plan.labels(first, stop)
+        if prior is not None:
+            classes = torch.arange(first, stop) % opened.n_classes if labels is None else labels
+            x = prior.sample(classes.to(device), noise).to(dtype_of(opened.config))
+        else:
+            assert starts is not None
+            x = starts[first:stop].to(device)
 
         def look(step: int, x: Tensor, batch: int = batch, wanted: int = wanted) -> None:
             if not x[:wanted].isfinite().all():

@@ -305,6 +305,8 @@ class Training:
     def log_training(self, info: StepInfo) -> None:
         """The training curves' point: means over all ranks and the steps since the last point."""
         metrics = named(self.meter.read(self.world, TRACKING), self.config.objective, info.learning_rate)
+        if self.state.chain_length is not None:
+            metrics["train/chain_steps"] = round(self.state.chain_length.item())
         since, began = self.clock
         elapsed = time.monotonic() - began
         if info.step > since:

@@ -14,6 +14,7 @@ from jem import checkpoint
 from jem.data.batches import BatchSource
 from jem.data.sources import load
 from jem.errors import DataError, JEMError
+from jem.prior import fit_classes, make_prior
 from jem.train import dtype_of, prepare_first_step, start
 from jem.world import World
 from orchestrator.agreement import on_rank_0, same_everywhere, together
@@ -52,11 +53,13 @@ def setup(job: Job, world: World, device: torch.device, report: Report) -> Train
     same_everywhere(world, job.root, data.digest)
     recovery = on_rank_0(world, lambda: read_recovery(job.root, config))
     manifest, faults = on_rank_0(world, lambda: find(job.root, config, recovery))
+    gaussian = on_rank_0(world, lambda: fit_classes(config, data.train, data.n_classes))  # one fit for all
 
     def prepare() -> Training:
         dtype = dtype_of(config)
         batches = BatchSource(data.train, config.data, config.batch_size, config.seed, device, world.share, dtype)
-        state = start(config, data.image_shape, data.n_classes, world, device)
+        prior = make_prior(config, data.train, data.n_classes, gaussian, device)
+        state = start(config, data.image_shape, data.n_classes, world, device, prior)
         training = Training(job, world, device, report, data, batches, state, checkpoints, recovery)
         if manifest is not None:
             if manifest.info["data_digest"] != data.digest:

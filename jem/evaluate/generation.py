@@ -18,7 +18,7 @@ from jem.data.augment import to_float
 from jem.energy import EnergyFn, Logits, energy_fn
 from jem.errors import ConfigError
 from jem.randomness import generator as stream
-from jem.sgld import differentiate, sgld_step
+from jem.sgld import along, differentiate, sgld_step
 from jem.train import WIDE
 
 FIGURES = {
@@ -117,7 +117,7 @@ def fresh(
     """
     energy, x = energy_fn(logits, labels), start
     for step in range(1, steps + 1):
-        x, _ = sgld_step(energy, x, sgld, generator)
+        x, _ = sgld_step(energy, x, along(sgld, step - 1), generator)
         on_step(step, x)
     return x.detach()
 
@@ -145,10 +145,10 @@ def chain_diagnostics(
     x = start
     for step in range(marks[-1] + 1):
         if step in marks:
-            for name, value in _look(energy, x, sgld, probe).items():
+            for name, value in _look(energy, x, along(sgld, step), probe).items():
                 seen[name].append(value)
         if step < marks[-1]:
-            x, _ = sgld_step(energy, x, sgld, generator)
+            x, _ = sgld_step(energy, x, along(sgld, step), generator)
             on_step(step + 1)
     return {name: torch.stack(values, dim=1) for name, values in seen.items()}
 

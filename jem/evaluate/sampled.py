@@ -24,9 +24,10 @@ SHOWN, COLUMNS = 100, 10
 def training_length(config: JEMConfig) -> int:
     """How many SGLD steps a chain lives in training, on average: it restarts with `reinit_prob` every `steps`.
 
-    20 draws' worth where chains never restart.
+    20 draws' worth where chains never restart. With PYLD each of the inner steps counts: chains that are scored take
+    them with the whole network's gradient.
     """
-    return max(1, round(config.sgld.steps / (config.replay.reinit_prob or 0.05)))
+    return max(1, round(config.sgld.steps * config.sgld.inner_steps / (config.replay.reinit_prob or 0.05)))
 
 
 def lengths(config: JEMConfig, settings: EvaluateConfig) -> tuple[int, list[int]]:

@@ -22,8 +22,8 @@ from jem.evaluate.passes import Pass, baselines_left_out, needed, run_pass
 from jem.evaluate.report import figures
 from jem.evaluate.robustness import counts
 from jem.evaluate.sampled import evenly, n_samples
+from jem.prior import fit_classes, make_prior, uniform
 from jem.randomness import generator
-from jem.replay import sample_prior
 from jem.world import World
 
 FAST_SETS = ("interp", "uniform")
@@ -113,9 +113,13 @@ def prepare(network: nn.Module, data: DataSet, config: JEMConfig, settings: Eval
         left_out |= without
         rows = evenly(len(test), counts(settings).images)
         labels = {"attacked": data.test.labels[rows], "noise": torch.arange(len(data.classes))}
-        images |= {"attacked": test[rows], "noise": _noise("distal", len(data.classes), data, config)}
-        images["fresh starts"] = _noise("fresh", n_samples(settings), data, config)
-        images["chain starts"] = _noise("chains", settings.generate.chains, data, config)
+        images |= {"attacked": test[rows], "noise": uniform((len(data.classes), *data.image_shape), _stream("distal"))}
+        prior = make_prior(config, data.train, data.n_classes, fit_classes(config, data.train, data.n_classes), "cpu")
+        for stream, key, n in (
+            ("fresh", "fresh starts", n_samples(settings)),
+            ("chains", "chain starts", settings.generate.chains),
+        ):
+            images[key] = prior.without_images().sample(torch.arange(n) % data.n_classes, _stream(stream))
     for key, name in others.check_sets(names, config.data).items():
         images[key], how[key] = others.load_outliers(name, test, config.data, settings.max_images)
     todo = [*needed(settings.complete, tuple(how), left_out), *more]
@@ -138,9 +142,9 @@ def _attacks_and_samples(config: JEMConfig, settings: EvaluateConfig) -> tuple[l
     return found + passes.of_samples(config), left_out
 
 
-def _noise(stream: str, n: int, data: DataSet, config: JEMConfig) -> Tensor:
-    """The prior, which holds no training image: [n, c, h, w], the same for every model of these data."""
-    return sample_prior(config.replay, (n, *data.image_shape), generator("cpu", "evaluate", stream, "starts"))
+def _stream(name: str) -> torch.Generator:
+    """The same for every model."""
+    return generator("cpu", "evaluate", name, "starts")
 
 
 def compute_here(

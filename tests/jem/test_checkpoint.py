@@ -50,6 +50,7 @@ def everything(state):
     found |= {f"optimizer {k}": v for k, v in optimizer_tensors(state.network, state.optimizer).items()}
     found |= {"chains": state.replay.chains, "generator": state.generator.get_state()}
     found |= {"step": torch.tensor(state.step), "world_epoch": torch.tensor(state.world_epoch)}
+    found |= {} if state.chain_length is None else {"chain_length": state.chain_length}
     return {key: value.clone() for key, value in found.items()}
 
 
@@ -92,6 +93,24 @@ def test_a_restored_run_goes_on_bit_for_bit_as_one_never_stopped(root, name, at)
     assert same(everything(other), everything(straight))
     assert torch.equal(resumed.sums, meter.sums)
     assert not torch.equal(everything(other)["chains"], at_save["chains"])
+
+
+def test_chains_that_adapt_their_length_go_on_with_the_length_they_had(root):
+    config = override(CONFIG, {"sgld.steps": 20, "sgld.max_steps": 40})
+    straight = begin(config)
+    straight.chain_length.fill_(37)
+    go_on(straight, 4, config)
+    save(root / 4, straight, World(), {}, {})
+    assert straight.chain_length > 21
+    go_on(straight, 8, config)
+    for world in (World(), World(1, 2)):
+        other = begin(config, world)
+        restore(read_manifest(root / 4), other, world, seed=0)
+        assert other.chain_length > 21
+    other = begin(config)
+    restore(read_manifest(root / 4), other, World(), seed=0)
+    go_on(other, 8, config)
+    assert same(everything(other), everything(straight))
 
 
 @pytest.mark.parametrize("dtype", ["float16", "uint8"])

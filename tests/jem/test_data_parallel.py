@@ -9,6 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 from toys import labelled_batch, small
 
 from jem.data.batches import Batch
+from jem.prior import Prior
 from jem.replay import ReplayBuffer
 from jem.train import prepare_first_step, sample, start, train_step
 from jem.world import World
@@ -38,6 +39,16 @@ CASES = {
     },
     "2 labelled": {"n": 7, "labelled": 2, **EXACT},  # of 3 or 4 ranks some have none
     "classifier, 1 labelled": {"n": 7, "labelled": 1, **EXACT, "objective__p_x_weight": 0.0},
+    "PYLD, a schedule, chains that adapt": {
+        "n": 7,
+        **EXACT,
+        "model__name": "small_conv",
+        "model__channels": [3, 5],
+        "sgld__steps": 20,  # 5 % more of which is a step more
+        "sgld__max_steps": 40,
+        "sgld__inner_steps": 2,
+        "sgld__final_step_size": 0.5,
+    },
     "SGD, clipped": {"n": 7, **EXACT, "optimizer__name": "sgd", "optimizer__clip_norm": 0.1},
 }
 BATCH_NORM = {"model__name": "small_conv", "model__channels": [3, 5], "model__norm": "batch"}
@@ -76,7 +87,7 @@ def begin(n, world, **settings):
     state = start(config, SHAPE, CLASSES, world, HERE)
     if state.replay is not None:
         random = torch.Generator().manual_seed(9)
-        alone = ReplayBuffer.start(config.replay, SHAPE, CLASSES, World(), random)
+        alone = ReplayBuffer.start(Prior(config.replay, SHAPE), CLASSES, World(), random)
         state.replay.chains = alone.chains[world.share(n)].to(state.replay.chains.dtype)
     wrapped = None
     if world.size > 1:

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from jem.config import JEMConfig, ReplayConfig
 from jem.errors import ConfigError
+from jem.prior import Prior
 from jem.replay import ReplayBuffer, Stored, dequantise, quantise
 from jem.settings import override
 from jem.world import World
@@ -16,7 +17,7 @@ SHAPE = (1, 2, 2)
 
 def buffer(capacity, generator, n_classes=3, world=World(), move=torch.float32, clamp=None, **settings):  # noqa: B008
     config = ReplayConfig(capacity=capacity, **settings)
-    return ReplayBuffer.start(config, SHAPE, n_classes, world, generator, move, clamp)
+    return ReplayBuffer.start(Prior(config, SHAPE), n_classes, world, generator, move, clamp)
 
 
 @given(st.integers(1, 400), st.integers(1, 40), st.integers(1, 12))

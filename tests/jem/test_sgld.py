@@ -4,8 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-from jem.config import SGLDConfig
-from jem.sgld import sgld_chain, sgld_step
+from jem.config import ModelConfig, SGLDConfig
+from jem.energy import SplitEnergy, energy_fn, split_energy_fn
+from jem.errors import ConfigError
+from jem.models import make_network
+from jem.sgld import adapted_length, along, differentiate, pyld_step, sgld_chain, sgld_step
 
 CHAINS = 40_000
 
@@ -161,3 +164,120 @@ def test_energy_and_gradient_norm_are_of_the_position_a_step_starts_from(generat
     _, seen = sgld_step(quadratic(2.0), torch.tensor([[3.0, 4.0]]), SGLDConfig(), generator)
     assert seen.energy.tolist() == [25.0]
     assert seen.grad_norm.tolist() == [10.0]
+
+
+def test_pylds_inner_moves_hold_the_gradient_at_the_first_layers_output(generator):
+    """first(x) = x^2, rest(h) = a h: each move multiplies x by 1 - 2 step_size a, whatever h has become.
+
+    With rest(h) = h^2 / 2 the held gradient is x_0^2, and each further move multiplies by 1 - 2 step_size x_0^2.
+    """
+    x = torch.rand(7, 3, generator=generator, dtype=torch.float64) + 0.5
+    config = SGLDConfig(step_size=0.01, noise_scale=0.0, inner_steps=5)
+    held = SplitEnergy(lambda x: x.square(), lambda h: (3 * h).sum(dim=1))
+    moved, seen = pyld_step(held, x, config, generator)
+    torch.testing.assert_close(moved, x * (1 - 0.06) ** 5)
+    torch.testing.assert_close(seen.energy, 3 * x.square().sum(dim=1))
+    torch.testing.assert_close(seen.grad_norm, (6 * x).norm(dim=1))
+    moved, _ = pyld_step(SplitEnergy(lambda x: x.square(), lambda h: (h**2 / 2).sum(dim=1)), x, config, generator)
+    torch.testing.assert_close(moved, x * (1 - 0.02 * x.square()) ** 5)
+    free, _ = sgld_chain(
+        lambda x: (x**4 / 2).sum(dim=1), x, SGLDConfig(steps=5, step_size=0.01, noise_scale=0.0), generator
+    )
+    assert not torch.allclose(moved, free), "SGLD follows the gradient as it changes"
+
+
+@pytest.mark.parametrize("name", ["small_conv", "wide_resnet"])
+def test_a_networks_halves_make_the_network_and_pylds_first_move_is_sglds(name, generator):
+    network = make_network(ModelConfig(name=name, depth=10, width=1, channels=(3, 4), norm="layer"), (1, 8, 8), 3)
+    network.eval().requires_grad_(False)
+    x, labels = torch.rand(5, 1, 8, 8, generator=generator), torch.arange(5) % 3
+    for given in (None, labels):
+        split, whole = split_energy_fn(network, given), energy_fn(network, given)
+        for mine, theirs in zip(differentiate(split, x), differentiate(whole, x), strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
+    streams = [torch.Generator().manual_seed(1) for _ in range(2)]
+    moved, seen = pyld_step(split_energy_fn(network), x, SGLDConfig(inner_steps=1), streams[0])
+    expected, expected_seen = sgld_step(energy_fn(network), x, SGLDConfig(), streams[1])
+    assert torch.equal(moved, expected)
+    torch.testing.assert_close(seen, expected_seen, rtol=0, atol=0)
+
+
+def test_the_halves_of_a_network_of_one_convolution_make_it_too(generator):
+    network = make_network(ModelConfig(name="small_conv", channels=(3,), norm="act"), (1, 8, 8), 3)
+    x = torch.rand(5, 1, 8, 8, generator=generator)
+    first, rest = network.halves()
+    assert torch.equal(rest(first(x)), network(x))
+
+
+def test_through_a_linear_first_layer_moves_without_noise_add_up_to_one(generator):
+    """What the docstring of pyld_step says of wide_resnet."""
+    network = make_network(ModelConfig(name="wide_resnet", depth=10, width=1), (1, 8, 8), 3).double()
+    x = torch.rand(5, 1, 8, 8, generator=generator, dtype=torch.float64)
+    inner, _ = pyld_step(
+        split_energy_fn(network), x, SGLDConfig(noise_scale=0.0, step_size=0.2, inner_steps=5), generator
+    )
+    once, _ = sgld_step(energy_fn(network), x, SGLDConfig(noise_scale=0.0, step_size=1.0), generator)
+    torch.testing.assert_close(inner, once)
+
+
+def test_every_inner_move_has_noise_and_both_clamps(generator):
+    flat = SplitEnergy(lambda x: x, lambda h: h.sum(dim=1) * 0)
+    config = SGLDConfig(noise_scale=0.1, inner_steps=5)
+    x, _ = pyld_step(flat, torch.zeros(CHAINS, 1, dtype=torch.float64), config, generator)
+    check_variance(x, 5 * 0.1**2)
+    steep = SplitEnergy(lambda x: x, lambda h: -100 * h.sum(dim=1))
+    config = SGLDConfig(step_size=0.1, noise_scale=0.0, inner_steps=3, gradient_clamp=1.0)
+    torch.testing.assert_close(pyld_step(steep, torch.zeros(2, 1), config, generator)[0], torch.full((2, 1), 0.3))
+    config = SGLDConfig(step_size=0.1, noise_scale=0.0, inner_steps=3, gradient_clamp=1.0, clamp=0.25)
+    torch.testing.assert_close(pyld_step(steep, torch.zeros(2, 1), config, generator)[0], torch.full((2, 1), 0.25))
+
+
+def test_pyld_leaves_the_weights_gradients_alone(generator):
+    network = make_network(ModelConfig(name="small_conv", channels=(3, 4)), (1, 8, 8), 3)
+    sgld_chain(split_energy_fn(network), torch.rand(5, 1, 8, 8), SGLDConfig(steps=2, inner_steps=3), generator)
+    assert all(p.grad is None for p in network.parameters())
+
+
+def test_a_schedule_goes_in_equal_ratios_and_differences_and_begins_again_with_each_visit():
+    config = SGLDConfig(steps=5, step_size=1.0, final_step_size=0.0001, noise_scale=0.4, final_noise_scale=0.0)
+    sizes = [along(config, i).step_size for i in range(5)]
+    assert sizes == pytest.approx([1, 0.1, 0.01, 0.001, 0.0001])
+    assert [along(config, i).noise_scale for i in range(5)] == pytest.approx([0.4, 0.3, 0.2, 0.1, 0.0])
+    assert [along(config, i) for i in range(5, 10)] == [along(config, i) for i in range(5)]
+    assert [along(config, i, 3).step_size for i in range(3)] == pytest.approx([1, 0.01, 0.0001]), "a chain that adapts"
+    plain = SGLDConfig()
+    assert along(plain, 3) is plain
+    assert along(SGLDConfig(steps=1, final_step_size=0.1), 0).step_size == 1.0
+
+
+def test_a_chain_follows_its_schedule(generator):
+    """From 0 on a flat energy the variance is the sum of the steps'; down a slope the way is the sum of step sizes."""
+    config = SGLDConfig(steps=4, noise_scale=0.3, final_noise_scale=0.0)
+    x, _ = sgld_chain(lambda z: z.sum(dim=1) * 0, torch.zeros(CHAINS, 1, dtype=torch.float64), config, generator)
+    check_variance(x, 0.3**2 + 0.2**2 + 0.1**2)
+    config = SGLDConfig(steps=3, step_size=1.0, final_step_size=0.01, noise_scale=0.0)
+    x, _ = sgld_chain(lambda z: z.sum(dim=1), torch.zeros(2, 1), config, generator)
+    torch.testing.assert_close(x, torch.full((2, 1), -1.11))
+
+
+def test_chains_get_longer_while_the_model_outruns_them_and_shorter_again_within_bounds():
+    config = SGLDConfig(steps=10, max_steps=40)
+    length = torch.tensor(10.0)
+    assert adapted_length(length, torch.tensor(0.0), config) == 10
+    for gap, expected in ((-5.0, 40.0), (-0.02, 40.0), (0.3, 10.0)):
+        before = length
+        for _ in range(300):
+            length = adapted_length(length, torch.tensor(gap), config)
+            assert (length <= before) == (gap > 0) or length == before
+        assert length == expected
+    one = adapted_length(torch.tensor(20.0), torch.tensor(-100.0), config)
+    assert one == pytest.approx(20 * math.exp(0.05))
+    for bad in (math.nan, math.inf):
+        assert adapted_length(torch.tensor(20.0), torch.tensor(bad), config) == 20
+
+
+def test_a_chain_of_another_length_is_that_long(generator):
+    x, _ = sgld_chain(lambda z: z.sum(dim=1), torch.zeros(2, 1), SGLDConfig(noise_scale=0.0), generator, steps=7)
+    torch.testing.assert_close(x, torch.full((2, 1), -7.0))
+    with pytest.raises(ConfigError, match=r"max_steps.*must be greater than sgld\.steps"):
+        SGLDConfig(steps=20, max_steps=20)

@@ -16,7 +16,6 @@ from jem.errors import CheckpointError, ConfigError, DivergedError
 from jem.files import Location
 from jem.predict import Predictor
 from jem.randomness import generator as stream
-from jem.replay import PRIORS
 from jem.sgld import sgld_chain
 from jem.world import World
 from orchestrator import sample_files, sampling
@@ -89,7 +88,7 @@ def test_steps_0_is_the_prior_itself(drawn, made, monkeypatch):
     np.testing.assert_array_equal(images, as_pixels(x[:3]))
     assert "chain.gif" not in result.files
     assert said["film"] is None
-    monkeypatch.setitem(PRIORS, "uniform", lambda shape, _: torch.full(shape, 0.5))
+    monkeypatch.setattr("jem.prior.uniform", lambda shape, _: torch.full(shape, 0.5))
     assert (drawn("count=3", "steps=0")[1] == 191).all(), "further priors are the model's own"
 
 
@@ -228,11 +227,11 @@ def test_the_figures_are_the_models_of_the_saved_images(drawn, made):
 
 
 def test_saturation_is_the_share_of_pixels_beyond_twice_the_data(drawn, monkeypatch):
-    monkeypatch.setitem(PRIORS, "uniform", lambda shape, _: torch.arange(64.0).reshape(1, 1, 8, 8).expand(shape) / 31)
+    monkeypatch.setattr("jem.prior.uniform", lambda shape, _: torch.arange(64.0).reshape(1, 1, 8, 8).expand(shape) / 31)
     result, *_ = drawn("count=2", "steps=0")
     assert result.metrics["saturation"] == 2 / 64
     assert result.message == ""
-    monkeypatch.setitem(PRIORS, "uniform", lambda shape, _: torch.full(shape, 2.0))
+    monkeypatch.setattr("jem.prior.uniform", lambda shape, _: torch.full(shape, 2.0))
     assert "100 % of the pixels are saturated" in drawn("count=2", "steps=0")[0].message
 
 
