@@ -133,10 +133,12 @@ def run_stage(stage: str, trials: Sequence[Trial], setting: Setting, fit: Fit) -
     for key, value in QUIET.items():
         os.environ.setdefault(key, value)
     workers = sweep.run.max_workers
-    cpu = 0.0 if workers > 1 else fit.cpu_each  # a driver only waits: with a CPU of its own its workers would not fit
-    resources = {"CPU": cpu, "memory": 1} | ({"GPU": fit.gpu_each} if workers == 1 and fit.gpu_each else {})
-    if sweep.config.resources.label and workers == 1:
-        resources[sweep.config.resources.label] = SHARE
+    # A driver of several workers only waits: with a CPU of its own they would not fit. Of nothing at all no bundle can
+    # be made, hence a byte; where it is not needed an autoscaler whose machines declare no memory would bring none.
+    resources = {"CPU": 0.0, "memory": 1.0}
+    if workers == 1:
+        resources = {"CPU": fit.cpu_each} | ({"GPU": fit.gpu_each} if fit.gpu_each else {})
+        resources |= {sweep.config.resources.label: SHARE} if sweep.config.resources.label else {}
     trainable = tune.with_resources(tune.with_parameters(SweepTrial, setting=setting), resources)
     path = str(Path(folder.path) / stage)
     if tune.Tuner.can_restore(path, storage_filesystem=folder.fs):

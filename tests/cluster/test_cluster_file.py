@@ -22,7 +22,7 @@ from ray.autoscaler._private.util import prepare_config
 sys.path.insert(0, str(Path(__file__).parents[1] / "faults"))
 from ray_faults import TINY
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900), pytest.mark.xdist_group("machine")]
 ROOT = Path(__file__).parents[2]
 SECRET = "the-secret-access-key-of-the-test"
 PLAIN = " ".join(argument for argument in TINY if not argument.startswith("model."))

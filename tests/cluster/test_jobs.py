@@ -19,7 +19,7 @@ from jem.errors import ConfigError
 from orchestrator import facts
 from orchestrator.submit import check_size, uploaded
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900), pytest.mark.xdist_group("jobs")]
 ROOT = Path(__file__).parents[2]
 SECRET = "a-secret-of-the-users"
 PLAIN = [argument for argument in TINY if not argument.startswith("model.")]

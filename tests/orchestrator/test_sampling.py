@@ -8,13 +8,14 @@ import pytest
 import torch
 from made_models import portable
 from PIL import Image, ImageSequence
-from worker_runs import fit, newest, tiny
+from worker_runs import fit, newest, prepared, tiny
 
 from jem.checkpoint import read_chains
 from jem.energy import energy_fn
 from jem.errors import CheckpointError, ConfigError, DivergedError
 from jem.files import Location
-from jem.predict import Predictor
+from jem.predict import Predictor, read_card, read_weights, save
+from jem.prior import draw_gaussian
 from jem.randomness import generator as stream
 from jem.sgld import sgld_chain
 from jem.world import World
@@ -80,6 +81,25 @@ def test_fresh_chains_are_those_of_the_models_sgld_from_its_prior(drawn, made):
     assert (config.step_size, config.noise_scale) == (1.0, 0.01)
     x, _ = sgld_chain(energy_fn(opened.network()), x, config, noise)
     np.testing.assert_array_equal(images, as_pixels(x[:5]))
+
+
+@pytest.mark.parametrize("prior", ["gaussian", "data"])
+def test_chains_of_a_fitted_prior_start_at_its_gaussian_whatever_is_opened(drawn, tmp_path, prior):
+    settings = (f"replay.prior={prior}", "steps=4", "checkpoint.every=4", "replay.uniform_share=0")
+    root, folder = trained(tmp_path / "storage", "three", *settings)
+    _, images, said = drawn("count=40", "steps=0", "class=1", model=root)
+    again = drawn("count=40", "steps=0", "class=1", model=folder)[1]
+    np.testing.assert_array_equal(images, again)
+    assert said["settings"]["prior"] == prior
+    state = prepared(root, *settings, *LEARNT[1:], "name=three").state
+    gaussian = state.replay.prior.gaussian
+    noise = stream("cpu", "sample", 0, 0)
+    x = draw_gaussian(gaussian, torch.ones(100, dtype=torch.int64), noise)[:40].view(40, 1, 8, 8)
+    np.testing.assert_array_equal(images, as_pixels(x))
+    bare = tmp_path / "bare"
+    save(bare, read_card(folder), read_weights(folder))
+    with pytest.raises(CheckpointError, match=rf"holds no statistics of replay\.prior={prior}"):
+        drawn("count=4", "steps=0", model=bare)
 
 
 def test_steps_0_is_the_prior_itself(drawn, made, monkeypatch):

@@ -45,6 +45,10 @@ KINDS = {
     "semi-supervised": ("data.labels_per_class=3", "data.labelled_batch_size=5", "data.crop_padding=1"),
     "classifier": ("objective.p_x_weight=0",),
     "bf16": ("precision=bf16",),
+    "a Gaussian prior, chains that adapt": (
+        *("replay.prior=gaussian", "replay.reinit_prob=0.5", "replay.uniform_share=0.2"),
+        *("sgld.max_steps=9", "sgld.final_noise_scale=0"),
+    ),
     "a network of one's own with dropout": ("model.options.drop=0.5",),
 }
 
