@@ -136,7 +136,7 @@ class AblationWork(FixedTrials[AblationResult]):
             message=message_of(outcome, rows, told),
             intervals=intervals,
             trials={"all": len(rows), **counts(rows)},
-            verdict=verdict_of(found),
+            verdict=verdict_of(found, rows),
         )
         return self.remember(result)
 

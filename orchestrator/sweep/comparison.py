@@ -53,8 +53,9 @@ def certain(difference: Mapping[str, Any]) -> bool:
     return low is not None and (low > 0 or high < 0)
 
 
-def verdict_of(found: Comparison) -> str:
+def verdict_of(found: Comparison, rows: Sequence[Row]) -> str:
     """In a sentence or two: which arms differ from the first in the figures that are shown, as far as that is sure."""
+    late = sum(row.status == "out of time" for row in rows)
     (first, base), *others = found.items()
     keys = shown_figures(base["figures"])
     sure = []
@@ -62,8 +63,8 @@ def verdict_of(found: Comparison) -> str:
         differs = {key: arm["difference"][key] for key in keys if key in arm["difference"]}
         told = [f"{key} {interval(_spread(one))}" for key, one in differs.items() if certain(one)]
         sure += [f"{name}: {', '.join(told)}"] if told else []
-    finished = sum(arm["finished"] for arm in found.values())
-    ended = f"{finished} of {sum(arm['seeds'] for arm in found.values())} trials finished"
+    finished, n = (sum(arm[key] for arm in found.values()) for key in ("finished", "seeds"))
+    ended = f"{finished} of {n} trials finished" + (f" ({late} out of time)" if late else "")
     if not others:
         return f"{ended}."
     return f"{ended}. Differs from {first}, paired by seed: {'; '.join(sure) or 'no arm with certainty'}."
@@ -73,7 +74,7 @@ def summary_of(found: Comparison, rows: Sequence[Row], name: str, base: str) -> 
     """summary.md: the verdict, the arms' figures, their differences to the first arm, why trials came to nothing."""
     first = next(iter(found))
     scope = f"Ablation `{name}` of the recipe `{base}`: {len(rows)} trials ({counts_text(rows)})."
-    blocks = [verdict_of(found), scope, "## Arms", _figures(found)]
+    blocks = [verdict_of(found, rows), scope, "## Arms", _figures(found)]
     blocks.append(
         "Mean ± half of the 95 % t-interval over the seeds that finished. Seconds: of training steps alone, a trial; "
         "diverged: trials that were given up; recoveries: rollbacks after divergence, of all trials."
