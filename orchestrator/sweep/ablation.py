@@ -99,12 +99,11 @@ class AblationWork(FixedTrials[AblationResult]):
         return self.sweep.config.resources.cpu
 
     def trial_spec(self, name: str) -> RunSpec | None:
-        spec, arm = super().trial_spec(name), name.rpartition("-s")[0]
-        if spec is None:
+        spec = super().trial_spec(name)
+        arm = next((arm for arm in self.sweep.arms if arm.name == name.rpartition("-s")[0]), None)
+        if spec is None or arm is None:
             return None
-        return replace(
-            spec, tags={**spec.tags, "candidate": arm, "steps": str(self.sweep.steps_at(self.sweep.arm(arm).point))}
-        )
+        return replace(spec, tags={**spec.tags, "candidate": arm.name, "steps": str(self.sweep.steps_at(arm.point))})
 
     def rows(self, stopped: bool) -> list[Row]:
         names = {arm.name for arm in self.sweep.arms}
