@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
+import sys
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also where nothing is installed
 
-def processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+from orchestrator.facts import machine
 
-
-def machine() -> str:
-    return f"{os.cpu_count()} cores of {processor()}, Python {platform.python_version()}"
+__all__ = ["machine", "save", "seeds_of", "steps_logged"]
 
 
 def seeds_of(text: str) -> range:

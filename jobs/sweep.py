@@ -1,8 +1,9 @@
 """Search for settings:  python jobs/sweep.py SWEEP [key=value ...] [--dry-run] [--fresh]
 
 Trials of a recipe with other settings, as many at once as fit; the best ones again over several seeds, beside the
-recipe as it is; a decision. The same command goes on with a sweep that was stopped. The last line on stdout is one
-JSON object. Exit codes as jobs/train.py.
+recipe as it is; a decision. Or an ablation (python jobs/sweep.py ablation_digits): named arms, each trained with every
+seed and compared with the first. The same command goes on with a sweep that was stopped. The last line on stdout is
+one JSON object. Exit codes as jobs/train.py.
 """
 
 import sys
@@ -29,6 +30,12 @@ def sweep() -> Result:
         from orchestrator.sweep.plan import plan
 
         return plan(loaded)
+    if loaded.arms:
+        from orchestrator.sweep.ablation import run_ablation
+
+        compared = run_ablation(loaded, arguments.fresh)
+        print(f"{compared.name}: {compared.status}. {compared.verdict}")
+        return compared
     from orchestrator.sweep.driver import run_sweep
 
     result = run_sweep(loaded, arguments.fresh)

@@ -31,6 +31,14 @@ def facts() -> dict[str, str]:
     return found | {"git.commit": head, "mlflow.source.git.commit": head.rstrip("+"), "mlflow.user": _user()}
 
 
+def machine() -> str:
+    """This machine's cores, its processor and its Python."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = (line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    return f"{os.cpu_count()} cores of {next(names, platform.machine())}, Python {platform.python_version()}"
+
+
 def _user() -> str:
     try:
         return getpass.getuser()

@@ -38,6 +38,7 @@ from orchestrator.checkpoints import Checkpoints, find_for_rollback
 from orchestrator.config import RunConfig, shareable
 from orchestrator.control import Control
 from orchestrator.events import EventLog
+from orchestrator.facts import machine
 from orchestrator.final_model import calibrate
 from orchestrator.mirror import TAIL
 from orchestrator.pictures import by_class, grid_png
@@ -413,11 +414,15 @@ class Training:
     def tags(self) -> dict[str, str]:
         """What only a worker knows of where it runs, and on which data."""
         gpu = self.device.type == "cuda"
+        threads = torch.get_num_threads()
+        device = torch.cuda.get_device_name(self.device) if gpu else "cpu"
+        on = device if gpu else f"{threads} thread{'s' if threads > 1 else ''}"
         sizes = {f"data.{name}": str(len(split)) for name, split in self.data.splits.items()}
         return {
             "workers": str(self.world.size),
-            "device": torch.cuda.get_device_name(self.device) if gpu else "cpu",
-            "threads": str(torch.get_num_threads()),
+            "device": device,
+            "threads": str(threads),
+            "hardware": f"{on}; {machine()}, torch {torch.__version__}",
             "data.digest": self.data.digest,
             **sizes,
         }

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -35,6 +35,7 @@ from orchestrator.config import (
     read_yaml,
     shareable,
 )
+from orchestrator.sweep.arms import SEARCHED, Arm, WrittenArm, gather_arms, read_arms, science_of
 from orchestrator.sweep.axes import Written, changed, gather, read_space
 from orchestrator.sweep.schedule import check, resolved, shared
 from orchestrator.sweep.space import Space, words
@@ -122,8 +123,10 @@ class SweepConfig(Settings):
     concurrency: int | None = setting(None, ge=1, doc="trials at once; none: as many as fit")
     resources: ResourcesConfig = group(ResourcesConfig)
     finalists: int = setting(2, ge=0, doc="best candidates that are trained again, beside the base; 0: none are")
-    seeds: int = setting(3, ge=1, doc="seeds that each finalist and the base are trained with")
-    seed: int = setting(0, ge=0, lt=2**31, doc="of the search: of what is drawn, and of every trial's training")
+    seeds: int = setting(3, ge=1, doc="seeds that each finalist and the base are trained with, or each arm")
+    seed: int = setting(
+        0, ge=0, lt=2**31, doc="of the search: of what is drawn, and of every trial's training; of arms the first seed"
+    )
 
     def conflicts(self) -> Iterator[tuple[str, str]]:
         if self.name is not None:
@@ -152,11 +155,22 @@ class Sweep:
     space: Space
     science: dict[str, Any]  # what makes it this sweep and no other; JSON
     stem: str  # of its file
+    arms: tuple[Arm, ...] = ()  # of an ablation, whose space is empty
 
     @property
     def name(self) -> str:
         return self.config.name or f"{self.stem}-{digest(self.science)}"
 
+    def arm(self, name: str) -> Arm:
+        return next(arm for arm in self.arms if arm.name == name)
+
+    def steps_at(self, point: Mapping[str, Any]) -> int:
+        """Of a trial: arms may differ in them."""
+        return int(point.get("steps", self.run.steps))
+
+
+SHOWN = ("val/accuracy", "val/nll")
+"""While trials run of which none is searched for: several seeds, or arms."""
 
 USUAL = {f"evaluate.{key}": value for key, value in flatten(EvaluateConfig()).items()}
 
@@ -174,41 +188,105 @@ SET_BY_SWEEP = {
 }
 
 
+SET_BY_ABLATION = {
+    "name": "trials are named by the sweep; name= is the sweep's own",
+    "seed": "seed= is the sweep's own, the first of every arm",
+    "seeds": "seeds= is the sweep's own, of every arm",
+    "steps": "the steps of all arms are budget.steps; an arm may have its own",
+}
+
+
+@dataclass(frozen=True)
+class _Sections:
+    """The settings of a sweep's file, or of what is typed, by what they are about."""
+
+    own: dict[str, Entry]
+    space: dict[str, Entry]
+    arms: dict[str, Entry]
+    fixed: dict[str, Entry]
+
+
 def load_sweep(sweep: str, arguments: Sequence[str]) -> Sweep:
     """The sweep of a bundled name or a file and of `key=value` arguments; every mistake in one ConfigError."""
     typed, problems = parse_arguments(arguments)
     try:
         path = find_yaml(sweep, None, SWEEPS, "sweep")
-        written = read_yaml(path, OWN_GROUPS | {"space", "settings"}, problems, "sweep")
+        written = read_yaml(path, OWN_GROUPS | {"space", "arms", "settings"}, problems, "sweep")
     except ConfigError as error:
         raise ConfigError([*error.problems, *problems]) from None
-    own, in_file, fixed = _sorted(written, problems, typed=False)
-    typed_own, on_line, typed_fixed = _sorted(typed, problems, typed=True)
-    if "steps" in typed_fixed:
-        typed_own["budget.steps"] = typed_fixed.pop("steps")
-    own |= typed_own
-    axes: dict[str, Written] = {}
-    removed: set[str] = set()
-    gather(in_file, axes, set(), problems)
-    retyped = gather(on_line, axes, removed, problems)
-    fixed = _one_of_both(fixed, typed_fixed, axes, retyped, removed, problems)
+    ablation = any(key.split(".")[0] == "arms" for key in [*written, *typed])
+    in_file = _sorted(written, problems, typed=False, ablation=ablation)
+    on_line = _sorted(typed, problems, typed=True, ablation=ablation)
+    if "steps" in on_line.fixed:
+        on_line.own["budget.steps"] = on_line.fixed.pop("steps")
+    own = in_file.own | on_line.own
     if "objective" in own and not isinstance(own["objective"].value, list):
         own["objective"] = Entry([own["objective"].value], own["objective"].origin)
+    make = _ablation if ablation else _search
+    made = make(path, own, in_file, on_line, problems)
+    if problems or made is None:
+        raise ConfigError(problems)
+    return made
+
+
+def _search(
+    path: Path, own: dict[str, Entry], in_file: _Sections, on_line: _Sections, problems: list[Problem]
+) -> Sweep | None:
+    axes: dict[str, Written] = {}
+    removed: set[str] = set()
+    gather(in_file.space, axes, set(), problems)
+    retyped = gather(on_line.space, axes, removed, problems)
+    fixed = _one_of_both(in_file.fixed, on_line.fixed, axes, retyped, removed, problems)
     config = _built(SweepConfig, own, problems)
     base, run = _base(own.get("base"), path, config, own, fixed, problems)
     found: list[Problem] = []
     space = read_space(axes, run, removed, found)
     if not axes and not any(p.key.startswith("space") for p in problems):
-        found.append(Problem("space", "has no axes, so that there is nothing to search", str(path)))
+        message = "has no axes, so that there is nothing to search; or write arms: to compare"
+        found.append(Problem("space", message, str(path)))
     problems += found
-    if config is not None and run is not None:
-        config = resolved(replace(config, base=base), run)
-        run = override(run, shared(config, run, fixed))
-        said = check(config, run, space) if not found else []
-        problems += [replace(p, origin=(own | fixed)[p.key].origin) if p.key in own | fixed else p for p in said]
-    if problems or config is None or run is None:
-        raise ConfigError(problems)
+    if config is None or run is None:
+        return None
+    config = resolved(replace(config, base=base), run)
+    run = override(run, shared(config, run, fixed))
+    problems += _with_origins(check(config, run, space) if not found else [], own | fixed)
     return Sweep(config, run, space, _science(config, run, space), path.stem)
+
+
+def _ablation(
+    path: Path, own: dict[str, Entry], in_file: _Sections, on_line: _Sections, problems: list[Problem]
+) -> Sweep | None:
+    for key, entry in (in_file.space | on_line.space).items():
+        message = "is searched, and there are arms, which are all trained; leave out the arms or the space"
+        problems.append(Problem(f"space.{key}", message, entry.origin))
+    for key in [key for key in own if key in SEARCHED or key.split(".")[0] in SEARCHED]:
+        message = "is of a search, and arms are all trained, to the end and with every seed; leave it out"
+        problems.append(Problem(key, message, own.pop(key).origin))
+    written: dict[str, WrittenArm] = {}
+    gather_arms(in_file.arms, written, problems, typed=False)
+    gather_arms(on_line.arms, written, problems, typed=True)
+    if not written and not any(p.key.startswith("arms") for p in problems):
+        problems.append(Problem("arms", "are all removed, so that there is nothing to train", "command line"))
+    fixed = in_file.fixed | on_line.fixed
+    config = _built(SweepConfig, own, problems)
+    base, run = _base(own.get("base"), path, config, own, fixed, problems)
+    steps = {"steps": own["budget.steps"]} if "budget.steps" in own else {}
+    arms = read_arms(written, run, fixed | steps, path, problems)
+    if config is None or run is None or not arms:
+        return None
+    last = config.seed + config.seeds - 1
+    found = [Problem("seeds", f"is {config.seeds}, too many: the last seed, {last}, must be below 2**31")]
+    budget = replace(config.budget, trials=max(2, len(arms) * config.seeds))
+    config = resolved(replace(config, base=base, objective=SHOWN, budget=budget, finalists=0), run)
+    if "evaluate.register" not in fixed:
+        run = override(run, {"evaluate.register": False})
+    problems += _with_origins([*(found if last >= 2**31 else []), *check(config, run, ())], own | fixed)
+    science = dict(json.loads(json.dumps(science_of(run, arms))))
+    return Sweep(config, run, (), science, path.stem, arms)
+
+
+def _with_origins(problems: Sequence[Problem], entries: Mapping[str, Entry]) -> list[Problem]:
+    return [replace(p, origin=entries[p.key].origin) if p.key in entries else p for p in problems]
 
 
 def trial_config(sweep: Sweep, point: Mapping[str, Any], **changes: Any) -> RunConfig:
@@ -224,14 +302,22 @@ def to_yaml(sweep: Sweep) -> str:
     """The whole sweep as a file that gives it again, its name too, but for a password in tracking.uri."""
     text: dict[str, Any] = plain(dataclasses.asdict(replace(sweep.config, name=sweep.name)))
     settings = plain(dataclasses.asdict(shareable(sweep.run)))
-    for key in (*SET_BY_SWEEP, *(axis.key for axis in sweep.space)):
+    _leave_out(settings, SET_BY_ABLATION if sweep.arms else (*SET_BY_SWEEP, *(axis.key for axis in sweep.space)))
+    settings = {key: value for key, value in settings.items() if value or key not in GROUPS}
+    if not sweep.arms:
+        return yaml.safe_dump(text | {"settings": settings, "space": _as_written(sweep.space)}, sort_keys=False)
+    _leave_out(text, SEARCHED)
+    arms = {arm.name: arm.point for arm in sweep.arms}
+    return yaml.safe_dump(text | {"settings": settings, "arms": arms}, sort_keys=False)
+
+
+def _leave_out(settings: dict[str, Any], keys: Iterable[str]) -> None:
+    for key in keys:
         *groups, last = key.split(".")
         within = settings
         for name in groups:
             within = within.get(name) or {}
         within.pop(last, None)
-    settings = {key: value for key, value in settings.items() if value or key not in GROUPS}
-    return yaml.safe_dump(text | {"settings": settings, "space": _as_written(sweep.space)}, sort_keys=False)
 
 
 def _as_written(space: Space) -> dict[str, Any]:
@@ -254,18 +340,15 @@ def _science(config: SweepConfig, run: RunConfig, space: Space) -> dict[str, Any
     return dict(json.loads(json.dumps(science)))
 
 
-def _sorted(
-    entries: Mapping[str, Entry], problems: list[Problem], *, typed: bool
-) -> tuple[dict[str, Entry], dict[str, Entry], dict[str, Entry]]:
-    """The sweep's own settings, those of its space, and those of its runs."""
+def _sorted(entries: Mapping[str, Entry], problems: list[Problem], *, typed: bool, ablation: bool) -> _Sections:
     own: dict[str, Entry] = {}
-    space: dict[str, Entry] = {}
     fixed: dict[str, Entry] = {}
+    sections: dict[str, dict[str, Entry]] = {"space": {}, "arms": {}, "settings": fixed}
     for key, entry in entries.items():
         top, _, rest = key.partition(".")
-        if top in ("space", "settings") and rest:
-            (space if top == "space" else fixed)[rest] = entry
-        elif key in ("space", "settings"):
+        if top in sections and rest:
+            sections[top][rest] = entry
+        elif key in sections:
             problems.append(Problem(key, f"is a group, of which {key}.KEY... sets one", entry.origin))
         elif key in OWN or top in OWN_GROUPS:
             own[key] = entry
@@ -276,11 +359,12 @@ def _sorted(
             own[key] = entry
         else:
             fixed[key] = entry
-    for key in [k for k in fixed if k in SET_BY_SWEEP and not (typed and k == "steps")]:
+    set_by_sweep = SET_BY_ABLATION if ablation else SET_BY_SWEEP
+    for key in [k for k in fixed if k in set_by_sweep and not (typed and k == "steps")]:
         entry = fixed.pop(key)
         if (key, entry.value) not in (("evaluate.suite", "none"), ("evaluate.register", False)):
-            problems.append(Problem(key, f"is {words(entry.value)}: {SET_BY_SWEEP[key]}", entry.origin))
-    return own, space, fixed
+            problems.append(Problem(key, f"is {words(entry.value)}: {set_by_sweep[key]}", entry.origin))
+    return _Sections(own, sections["space"], sections["arms"], fixed)
 
 
 def _nearer_to_own(key: str) -> bool:

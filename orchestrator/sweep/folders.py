@@ -1,4 +1,4 @@
-"""What jobs/runs.py says of a folder of many runs: a sweep's, or that of several seeds."""
+"""What jobs/runs.py says of a folder of many runs: a sweep's, an ablation's, or that of several seeds."""
 
 from __future__ import annotations
 
@@ -10,7 +10,11 @@ from jem.files import Location
 from orchestrator.survey import as_kind, holder, mapping
 
 TRIALS, RECORD = "trials", "sweep.json"
-KINDS = {"sweep": ("a sweep", "sweep.py", "sweep.yaml"), "seeds": ("several seeds", "train.py", "recipe.yaml")}
+KINDS = {
+    "sweep": ("a sweep", "sweep.py", "sweep.yaml"),
+    "seeds": ("several seeds", "train.py", "recipe.yaml"),
+    "ablation": ("an ablation", "sweep.py", "sweep.yaml"),
+}
 """Each kind in words, its command, and the file that it is made again from."""
 
 

@@ -19,11 +19,19 @@ KEY is a setting of the runs (jobs/train.py --help lists them). KEY=VALUE fixes 
 searched; in the file such settings are below `settings:`.
 """
 
+ARMS = """\
+or arms, in the place of the space: each is trained with every seed, measured, and compared with the first one:
+  arms.NAME.KEY=VALUE                a setting of the arm NAME, which is added if it is not there; steps is one, too
+  arms.NAME.recipe=RECIPE            the arm starts from this recipe in the place of base
+  arms.NAME={}                       the base as it is;  arms.NAME=none: not trained
+Where and how trials run, and how they are measured, is the same for all arms: such as evaluate.suite=full.
+"""
+
 
 def settings_help() -> str:
-    """All sweeps, every setting of one with its default and meaning, and how a space is written."""
+    """All sweeps, every setting of one with its default and meaning, and how a space and arms are written."""
     sweeps = textwrap.fill(", ".join(bundled_sweeps()), 110, initial_indent="  ", subsequent_indent="  ")
-    lines = ["sweeps:", sweeps, "", SPACE, "settings (defaults; a sweep sets some):"]
+    lines = ["sweeps:", sweeps, "", SPACE, ARMS, "settings (defaults; a sweep sets some):"]
     for key, default, meaning in describe(SweepConfig):
         lines += [
             f"  {key} = {default}",

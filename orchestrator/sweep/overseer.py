@@ -16,7 +16,7 @@ from orchestrator.survey import log_of
 from orchestrator.sweep.config import Sweep
 from orchestrator.sweep.live import Board, TrialState
 from orchestrator.sweep.shared_log import Following
-from orchestrator.sweep.table import SEEDS, Row, best, read_trials
+from orchestrator.sweep.table import ABLATION, SEEDS, Row, best, read_trials
 from orchestrator.sweep.trial import CLOSING, TRIALS
 from orchestrator.sweep.upload import Uploads
 from orchestrator.upload import STATE_NAME
@@ -47,7 +47,7 @@ class Overseer:
     ) -> None:
         self.sweep, self.root, self.uploads, self.spec, self.stage = sweep, root, uploads, spec, stage
         self.at_once = at_once
-        title = sweep.name if stage == SEEDS else f"{sweep.name}, {stage}"
+        title = sweep.name if stage in (SEEDS, ABLATION) else f"{sweep.name}, {stage}"
         self.board = Board(title, sweep.config.objective, n, at_once)
         self.sent: set[str] = set()
         self.closed: set[str] = set()
@@ -148,4 +148,4 @@ class Overseer:
 
     def state(self, row: Row) -> TrialState:
         values = {key: row.metrics[key] for key in self.sweep.config.objective if key in row.metrics}
-        return TrialState(row.name, row.status, row.step, self.sweep.run.steps, values, row.point)
+        return TrialState(row.name, row.status, row.step, self.sweep.steps_at(row.point), values, row.point)

@@ -16,6 +16,7 @@ from orchestrator.result import Result
 from orchestrator.runs import planned_storage
 from orchestrator.sweep.axes import valid, value_at
 from orchestrator.sweep.config import OBJECTIVES, Sweep
+from orchestrator.sweep.plan_arms import about_arms, counts_of_arms, table_of_arms
 from orchestrator.sweep.resources import fit, machine
 from orchestrator.sweep.space import points, words
 
@@ -33,7 +34,9 @@ def plan(sweep: Sweep, cpus: float | None = None, gpus: float | None = None, mem
     asked = zip((cpus, gpus, memory_gib), here, strict=True)
     have_cpus, have_gpus, have_memory = (there if given is None else given for given, there in asked)
     elsewhere = "RAY_ADDRESS" in os.environ and cpus is None
-    rows, metrics = [*_about(sweep)], _counts(sweep)
+    rows = [("name", sweep.name), ("folder", planned_storage(replace(sweep.run, name=sweep.name)))]
+    rows += about_arms(sweep) if sweep.arms else _about(sweep)
+    metrics = counts_of_arms(sweep) if sweep.arms else _counts(sweep)
     try:
         fitted = fit(sweep, have_cpus, have_gpus, have_memory)
         rows.append(("resources", f"{fitted.at_once} at once: {fitted.why}"))
@@ -44,15 +47,25 @@ def plan(sweep: Sweep, cpus: float | None = None, gpus: float | None = None, mem
         rows.append(("resources", f"not on this machine: {error}"))
     if elsewhere:
         rows.append(("", "the cluster at RAY_ADDRESS is looked at when the sweep starts"))
-    rows += _cost(metrics)
+    if sweep.arms:
+        rows.append(("steps", f"{metrics['steps']:,.0f} over all trials, {metrics['passes']:,.0f} forward passes"))
+    else:
+        rows += _cost(metrics)
     _table(rows)
     print()
+    if sweep.arms:
+        _table(table_of_arms(sweep))
+    else:
+        _print_space(sweep)
+    return Result(name=sweep.name, step=0, metrics=metrics, status="planned")
+
+
+def _print_space(sweep: Sweep) -> None:
     _table([("axis", "drawn", "only with", "base"), *_axes(sweep)])
     found = examples(sweep)
     print(f"\n{len(found)} of the points that can be drawn:")
     for point in found:
         print("  " + " ".join(f"{key}={words(value)}" for key, value in point.items()))
-    return Result(name=sweep.name, step=0, metrics=metrics, status="planned")
 
 
 def examples(sweep: Sweep, n: int = EXAMPLES) -> list[dict[str, Any]]:
@@ -70,8 +83,6 @@ def _about(sweep: Sweep) -> Iterator[tuple[str, str]]:
     }
     names = {"none": "none", "asha": "ASHA", "pbt": "PBT"}
     minutes = "no limit of time" if config.budget.minutes is None else f"at most {config.budget.minutes:g} minutes"
-    yield "name", sweep.name
-    yield "folder", planned_storage(replace(run, name=sweep.name))
     yield "base", config.base
     yield "objective", ", ".join(f"{key} ({OBJECTIVES[key].mode})" for key in config.objective)
     yield "searcher", config.searcher

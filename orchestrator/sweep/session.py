@@ -1,4 +1,4 @@
-"""One driver's work on a folder of trials, be they a search's or several seeds of one recipe: what both have in common.
+"""One driver's work on a folder of trials, be they a search's, several seeds' or arms': what all have in common.
 
 FOLDER/sweep.json      what it is, its MLflow run, attempts, what came of it
 FOLDER/trials/NAME/    a run each
@@ -62,7 +62,7 @@ class Record:
 
     name: str
     science: dict[str, Any]
-    kind: str = "sweep"  # sweep, seeds
+    kind: str = "sweep"  # sweep, seeds, ablation
     status: str = "new"
     mlflow: dict[str, Any] = field(default_factory=dict)
     attempts: list[dict[str, Any]] = field(default_factory=list)

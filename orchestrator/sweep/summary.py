@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 SHOWN = 10
 """Trials of the search in the table, and reasons in the list."""
 
+FIGURES = ("accuracy", "nll", "ece")
+"""Those of a split that a short table has, beside AUROCs."""
+
 LENGTH = 160
 """Of a reason, in characters."""
 
@@ -30,7 +33,7 @@ def summary(rows: Sequence[Row], sweep: Sweep, decision: Decision | None) -> str
         blocks += ["## Finalists", *_finalists(decision)]
     blocks += _front(searched, sweep)
     blocks += _best(searched, sweep)
-    blocks += _reasons(rows)
+    blocks += reasons(rows)
     return "\n\n".join(blocks) + "\n"
 
 
@@ -39,13 +42,21 @@ def seeds_summary(rows: Sequence[Row], name: str) -> str:
     found = over_seeds(rows)
     finished = [row for row in rows if row.status == "finished"]
     told = f"{name}: {len(finished)} of {len(rows)} seeds finished ({counts_text(rows)})."
-    blocks = [told, *_reasons(rows)]
+    blocks = [told, *reasons(rows)]
     if found:
         head = ("figure", "mean and 95 % t-interval", *(f"seed {row.seed}" for row in finished))
         first = sorted(found, key=lambda key: (not key.startswith("test/"), not key.startswith("val/"), key))
         lines = [(key, *_over(Spread(**found[key]), [row.seed for row in finished])) for key in first]
         blocks.insert(1, table(head, lines))
     return "\n\n".join(blocks) + "\n"
+
+
+def shown_figures(metrics: Iterable[str]) -> list[str]:
+    """What a short table has: of test data where they were measured, the AUROC of log p(x) included."""
+    keys = list(metrics)
+    split = "test" if any(key.startswith("test/") for key in keys) else "val"
+    sets = [key for key in keys if key.endswith("/log_px/auroc") and key.startswith("val/") == (split == "val")]
+    return [key for key in (f"{split}/{name}" for name in FIGURES) if key in keys] + sets
 
 
 def counts_text(rows: Iterable[Row]) -> str:
@@ -97,11 +108,11 @@ def _finalist(candidate: Candidate, decision: Decision, keys: Sequence[str]) -> 
     name = f"**{candidate.name}**" if candidate.name == decision.winner else candidate.name
     ended = [f"{n} {what}" for n, what in ((candidate.diverged, "diverged"), (candidate.failed, "failed")) if n]
     done = ", ".join([f"{candidate.finished} of {len(candidate.seeds)}", *ended])
-    cells = [_mean(candidate.metrics.get(key)) for key in keys]
+    cells = [mean(candidate.metrics.get(key)) for key in keys]
     paired = candidate.against_base
     if candidate.name == BASE:
         return [name, done, *cells, "", ""]
-    return [name, done, *cells, _interval(paired), "yes" if candidate.beats_base else "no"]
+    return [name, done, *cells, interval(paired), "yes" if candidate.beats_base else "no"]
 
 
 def _front(rows: Sequence[Row], sweep: Sweep) -> Iterator[str]:
@@ -139,17 +150,17 @@ def _trials(rows: Sequence[Row], sweep: Sweep) -> tuple[list[str], list[list[str
     return ["trial", *wanted, *keys, *others, *head, "status"], lines
 
 
-def _reasons(rows: Sequence[Row]) -> Iterator[str]:
+def reasons(rows: Sequence[Row]) -> Iterator[str]:
     """Why trials came to nothing; equal reasons once."""
-    reasons: dict[tuple[str, str], list[Row]] = {}
+    known: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         if row.status in ("diverged", "failed"):
-            reasons.setdefault((row.status, " ".join(row.reason.split())), []).append(row)
-    if not reasons:
+            known.setdefault((row.status, " ".join(row.reason.split())), []).append(row)
+    if not known:
         return
     yield "## Why trials came to nothing"
     lines = []
-    for (status, reason), group in sorted(reasons.items(), key=lambda item: STATUSES.index(item[0][0])):
+    for (status, reason), group in sorted(known.items(), key=lambda item: STATUSES.index(item[0][0])):
         named = ", ".join(f"{row.name} at step {row.step}" for row in group[:5])
         more = f" and {len(group) - 5} more" if len(group) > 5 else ""
         told = reason if len(reason) <= LENGTH else reason[: LENGTH - 3] + "..."
@@ -165,7 +176,7 @@ def _seeds(decision: Decision) -> list[int]:
 def _over(found: Spread, seeds: Sequence[int]) -> list[str]:
     values = [found.values.get(seed) for seed in seeds]
     digits = decimals_for([value for value in values if value is not None])
-    return [_interval(found), *("" if value is None else f"{value:.{digits}f}" for value in values)]
+    return [interval(found), *("" if value is None else f"{value:.{digits}f}" for value in values)]
 
 
 def _number(found: Spread | None, seed: int) -> str:
@@ -174,14 +185,14 @@ def _number(found: Spread | None, seed: int) -> str:
     return f"{found.values[seed]:.{decimals_for(found.values.values())}f}"
 
 
-def _mean(found: Spread | None) -> str:
+def mean(found: Spread | None) -> str:
     if found is None:
         return ""
     digits = decimals_for([found.mean])
     return f"{found.mean:.{digits}f}" + ("" if found.half is None else f" ± {found.half:.{digits}f}")
 
 
-def _interval(found: Spread | None) -> str:
+def interval(found: Spread | None) -> str:
     if found is None:
         return ""
     ends = [end for end in (found.low, found.high) if end is not None]

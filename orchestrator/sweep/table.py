@@ -26,7 +26,10 @@ BASE = "base"
 SEEDS = "seeds"
 """The stage of runs that differ in their seeds alone, and the kind of their folder."""
 
-STAGES = ("search", SEEDS, "finalists")
+ABLATION = "ablation"
+"""The same of runs of several arms."""
+
+STAGES = ("search", SEEDS, ABLATION, "finalists")
 
 GOING_ON = ("running", "waiting", "stopped", "out of time")
 """Statuses of trials that are not over: one waits to be compared, a stopped one goes on with the sweep."""
@@ -205,12 +208,15 @@ def _read(folder: Location) -> Row:
 
 
 def _from_name(folder: Location) -> Row:
-    """What a folder's name tells: t007 of the search, f-t007-s3 of the finalists, s3 of several seeds."""
-    finalist, seed = (re.fullmatch(pattern, folder.name) for pattern in (r"f-(.+)-s(\d+)", r"s(\d+)"))
+    """What a folder's name tells: t007 of the search, f-t007-s3 of the finalists, s3 of several seeds, ARM-s3."""
+    patterns = (r"f-(.+)-s(\d+)", r"s(\d+)", r"(\w+)-s(\d+)")
+    finalist, seed, arm = (re.fullmatch(pattern, folder.name) for pattern in patterns)
     if finalist:
         return Row(folder.name, "finalists", 0, finalist[1], {}, int(finalist[2]), "running", folder=folder.uri)
     if seed:
         return Row(folder.name, SEEDS, int(seed[1]), BASE, {}, int(seed[1]), "running", folder=folder.uri)
+    if arm:
+        return Row(folder.name, ABLATION, int(arm[2]), arm[1], {}, int(arm[2]), "running", folder=folder.uri)
     searched = re.fullmatch(r"t(\d+)", folder.name)
     number = int(searched[1]) if searched else 0
     candidate = BASE if searched and number == 0 else folder.name

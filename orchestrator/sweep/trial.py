@@ -40,7 +40,7 @@ class Trial:
     """Settings that are tried once; as JSON it is what Ray Tune hands to an actor."""
 
     name: str
-    stage: str  # search, seeds, finalists
+    stage: str  # search, seeds, ablation, finalists
     number: int
     candidate: str
     point: dict[str, Any]
@@ -71,7 +71,7 @@ class Work:
         self.offset = 0
         self.begun = threading.Event()  # from then on, what follows `offset` in the log is of this attempt
         self.unread: list[events.Event] = []
-        self.last_step = trial.until or setting.sweep.run.steps
+        self.last_step = trial.until or setting.sweep.steps_at(trial.point)
         self.thread = threading.Thread(target=self._run, daemon=True, name="trial")
         self.thread.start()
 

@@ -54,7 +54,7 @@ def no_ray(monkeypatch):
     def refused(*_):
         raise AssertionError("Ray is not needed where every seed has ended")
 
-    monkeypatch.setattr("orchestrator.sweep.seeds.start_ray", refused)
+    monkeypatch.setattr("orchestrator.sweep.fixed.start_ray", refused)
 
 
 def config(*settings):
@@ -280,7 +280,7 @@ def test_jobs_sync_sends_the_parent_and_its_children(store, no_ray, monkeypatch,
 def left_of(monkeypatch, *settings):
     """The names of what would be trained."""
     seen = []
-    monkeypatch.setattr("orchestrator.sweep.seeds.start_ray", lambda _: (_ for _ in ()).throw(ConfigError("no Ray")))
+    monkeypatch.setattr("orchestrator.sweep.fixed.start_ray", lambda _: (_ for _ in ()).throw(ConfigError("no Ray")))
     monkeypatch.setattr(
         "orchestrator.sweep.seeds.SeedsWork.work",
         lambda self: seen.extend(trial.name for trial in self.left()) or {"status": "stopped", "message": "here"},
