@@ -101,12 +101,18 @@ class OptimizerConfig(Settings):
     decay_rate: float = setting(0.3, gt=0, le=1, doc="factor of each decay")
     clip_norm: float | None = setting(None, gt=0, doc="largest norm of the whole gradient; none: not clipped")
     ema_decay: float = setting(0.0, ge=0, lt=1, doc="decay a step of the averaged weights; 0 keeps none")
+    sam_rho: float = setting(
+        0.0, ge=0, doc="SAM: the gradient is the loss's so far up from the weights, in a second training pass; 0: none"
+    )
+    sam_adaptive: bool = setting(False, doc="ASAM: sam_rho counts in units of the weights, whatever their scale")
 
     def conflicts(self) -> Iterator[tuple[str, str]]:
         if len(self.betas) != 2:
             yield "betas", f"has {len(self.betas)} entries, must have two"
         if list(self.decay_steps) != sorted(set(self.decay_steps)):
             yield "decay_steps", f"is {list(self.decay_steps)}, must rise from one entry to the next"
+        if self.sam_adaptive and not self.sam_rho:
+            yield "sam_adaptive", "has no effect without optimizer.sam_rho; set that, to 0.5 say, or leave this out"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -22,6 +23,7 @@ from jem.optim import BufferGuard, averaged_copy, guarded_update, learning_rate,
 from jem.pages import keep_freed_pages
 from jem.randomness import derive_seed, generator
 from jem.replay import ReplayBuffer
+from jem.sam import sharpness_aware
 from jem.sgld import Differentiate, Transition, differentiate, sgld_chain
 from jem.world import World
 
@@ -145,18 +147,49 @@ def train(
 def train_step(
     state: TrainState, batch: Batch, config: JEMConfig, world: World, wrapped: nn.Module | None = None
 ) -> StepInfo:
-    """Draw samples from the model, take one step down the loss; `state` moves on in place.
+    """Draw samples from the model, take one step down the loss; `state` moves on in place."""
+    network = state.network
+    samples = sample(state, config, batch.images, batch.n_global)
+    guard = BufferGuard(network)
+    backward = functools.partial(loss_and_gradient, network, batch, samples, config, world, wrapped)
+    loss = sharpness_aware(backward, network, config.optimizer) if config.optimizer.sam_rho else backward()
+    rate = learning_rate(config.optimizer, state.step)
+    grad_norm, skipped = guarded_update(state.optimizer, config.optimizer, rate)
+    guard.settle(skipped, world.size)
+    if state.average is not None:
+        update_average(state.average, network, config.optimizer.ema_decay, skipped)
+    state.step += 1
+    return StepInfo(
+        loss,
+        samples.chain_grad_norm,
+        samples.reinit_share,
+        samples.chain_saturation,
+        samples.chain_contrast,
+        samples.data_contrast,
+        samples.lost_chains,
+        grad_norm / world.size,
+        skipped,
+        state.step,
+        rate,
+    )
 
-    The chains go through the bare network: they are each rank's own and communicate nothing. Data,
-    samples and labelled images then go through the wrapped network in ONE forward pass, because
+
+def loss_and_gradient(
+    network: nn.Module,
+    batch: Batch,
+    samples: Samples,
+    config: JEMConfig,
+    world: World,
+    wrapped: nn.Module | None = None,
+) -> Loss:
+    """The loss; its gradient, reduced over all ranks, is left in the weights.
+
+    The chains went through the bare network: they are each rank's own and communicate nothing. Data,
+    samples and labelled images go through the wrapped network in ONE forward pass, because
     DistributedDataParallel reduces the gradients of one forward and one backward pass. It divides them
     by the world size, hence the factor.
     """
-    network = state.network
-    samples = sample(state, config, batch.images, batch.n_global)
     labelled = batch.images[:0] if batch.labelled_images is None else batch.labelled_images
-    guard = BufferGuard(network)
-
     network.train()
     with autocast(config, batch.images.device):
         logits = (wrapped or network)(torch.cat([batch.images, samples.images, labelled]))
@@ -169,32 +202,13 @@ def train_step(
     assert labels is not None
     counts = Counts(
         data=batch.n_global,
-        samples=batch.n_global if state.replay else 0,
+        samples=batch.n_global if config.objective.samples_needed else 0,
         labelled=batch.n_global if batch.labelled_images is None else batch.n_labelled_global,
     )
     loss = jem_loss(parts[0], parts[1], logits_labelled, labels, samples.labels, config.objective, counts)
-
-    state.optimizer.zero_grad()
+    network.zero_grad()
     torch.autograd.backward(loss.total * world.size)
-    rate = learning_rate(config.optimizer, state.step)
-    grad_norm, skipped = guarded_update(state.optimizer, config.optimizer, rate)
-    guard.settle(skipped, world.size)
-    if state.average is not None:
-        update_average(state.average, network, config.optimizer.ema_decay, skipped)
-    state.step += 1
-    return StepInfo(
-        loss._replace(total=loss.total.detach()),
-        samples.chain_grad_norm,
-        samples.reinit_share,
-        samples.chain_saturation,
-        samples.chain_contrast,
-        samples.data_contrast,
-        samples.lost_chains,
-        grad_norm / world.size,
-        skipped,
-        state.step,
-        rate,
-    )
+    return loss._replace(total=loss.total.detach())
 
 
 def sample(state: TrainState, config: JEMConfig, like: Float[Tensor, "n c h w"], n_global: int) -> Samples:

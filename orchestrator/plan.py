@@ -57,7 +57,8 @@ def _network(config: RunConfig, spec: DataSpec) -> tuple[list[tuple[str, str]], 
     parameters = sum(p.numel() for p in network.parameters())
     width = torch.finfo(dtype_of(config)).bits // 8
     stored = {"float32": width, "float16": 2, "uint8": 1}[config.replay.dtype]
-    copies = 2 + (2 if config.optimizer.name == "adam" else 1) + (config.optimizer.ema_decay > 0)
+    optimizer = config.optimizer
+    copies = 2 + (2 if optimizer.name == "adam" else 1) + (optimizer.ema_decay > 0) + (optimizer.sam_rho > 0)
     samples = config.objective.samples_needed
     workers = config.min_workers  # the fewer they are, the more each of them holds
     share = -(-config.batch_size // workers)
@@ -94,12 +95,15 @@ def _network(config: RunConfig, spec: DataSpec) -> tuple[list[tuple[str, str]], 
 
 
 def passes(config: RunConfig) -> float:
-    """The cost of a step in forward passes of the batch: 2 an SGLD step, 3 a training pass."""
-    labelled = 0.0
+    """The cost of a step in forward passes of the batch: 2 an SGLD step, 3 a training pass.
+
+    Training passes are of the data, of the samples, and of a labelled batch apart; SAM makes each of them twice.
+    """
+    labelled, samples = 0.0, config.objective.samples_needed
     if config.data.labels_per_class is not None:
         labelled = (config.data.labelled_batch_size or config.batch_size) / config.batch_size
-    samples = 2 * config.sgld.steps + 3 if config.objective.samples_needed else 0
-    return 3 + 3 * labelled + samples
+    training = 3 * (1 + samples + labelled)
+    return 2 * config.sgld.steps * samples + (2 if config.optimizer.sam_rho else 1) * training
 
 
 def passes_of_classifier(config: RunConfig) -> float:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from spawn import run_ranks
 from torch.nn.parallel import DistributedDataParallel
-from toys import labelled_batch, small
+from toys import labelled_batch, small, tensors_of
 
 from jem.data.batches import Batch
 from jem.replay import ReplayBuffer
@@ -39,6 +39,8 @@ CASES = {
     "2 labelled": {"n": 7, "labelled": 2, **EXACT},  # of 3 or 4 ranks some have none
     "classifier, 1 labelled": {"n": 7, "labelled": 1, **EXACT, "objective__p_x_weight": 0.0},
     "SGD, clipped": {"n": 7, **EXACT, "optimizer__name": "sgd", "optimizer__clip_norm": 0.1},
+    "SAM": {"n": 7, **EXACT, "optimizer__sam_rho": 0.3},
+    "ASAM, 2 labelled": {"n": 7, "labelled": 2, **EXACT, "optimizer__sam_rho": 0.3, "optimizer__sam_adaptive": True},
 }
 BATCH_NORM = {"model__name": "small_conv", "model__channels": [3, 5], "model__norm": "batch"}
 GUARDS = {
@@ -46,6 +48,7 @@ GUARDS = {
     "adam, later": {"poison": math.inf, "poison_at": 2},
     "sgd, first update": {"poison": math.nan, "poison_at": 0, "optimizer__name": "sgd"},
     "sgd, later": {"poison": math.nan, "poison_at": 2, "optimizer__name": "sgd"},
+    "SAM": {"poison": math.nan, "poison_at": 2, "optimizer__sam_rho": 0.3},
 }
 FIGURES = (
     *("chain_grad_norm", "reinit_share", "lost_chains", "grad_norm"),
@@ -82,16 +85,6 @@ def begin(n, world, **settings):
     if world.size > 1:
         wrapped = DistributedDataParallel(state.network, broadcast_buffers=False, gradient_as_bucket_view=True)
     return config, state, wrapped
-
-
-def tensors_of(state):
-    """All that a step moves and every rank holds alike."""
-    found = {f"network {key}": value for key, value in state.network.state_dict().items()}
-    if state.average is not None:
-        found |= {f"average {key}": value for key, value in state.average.state_dict().items()}
-    for name, parameter in state.network.named_parameters():
-        found |= {f"{key} {name}": v for key, v in state.optimizer.state.get(parameter, {}).items()}
-    return {key: value.clone() for key, value in found.items() if isinstance(value, torch.Tensor)}
 
 
 def several_steps(world, n, labelled=None, **settings):
@@ -149,6 +142,7 @@ def on_rank(world):
     return {
         "cases": {name: several_steps(world, **case) for name, case in CASES.items()},
         "batch norm": several_steps(world, 8, **EXACT, **BATCH_NORM),
+        "batch norm, SAM": several_steps(world, 8, **EXACT, **BATCH_NORM, optimizer__sam_rho=0.3),
         "guards": {key: poisoned_steps(world, **case, **BATCH_NORM) for key, case in GUARDS.items()},
         "collectives": rank_alone_samples(world),
         "act norm": act_norm(world),
@@ -182,10 +176,10 @@ def test_gradients_weights_and_chains_are_those_of_one_process_on_the_whole_batc
             torch.testing.assert_close(summed, figure, atol=1e-7, rtol=0, msg=name)
 
 
-@pytest.mark.parametrize("case", [*CASES, "batch norm"])
+@pytest.mark.parametrize("case", [*CASES, "batch norm", "batch norm, SAM"])
 @pytest.mark.parametrize("size", SIZES)
 def test_weights_moments_averages_and_buffers_are_bit_equal_on_all_ranks_after_every_step(ranks, size, case):
-    runs = [rank["batch norm"] if case == "batch norm" else rank["cases"][case] for rank in ranks[size]]
+    runs = [rank["cases"][case] if case in CASES else rank[case] for rank in ranks[size]]
     for step in range(STEPS):
         first = runs[0][step]["state"]
         for other in runs[1:]:

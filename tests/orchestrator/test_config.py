@@ -54,6 +54,8 @@ OTHER = {
     "optimizer.decay_rate": "0.5",
     "optimizer.clip_norm": "1",
     "optimizer.ema_decay": "0.99",
+    "optimizer.sam_rho": "0.05",
+    "optimizer.sam_adaptive": "true",
     "sgld.steps": "7",
     "sgld.step_size": "2",
     "sgld.noise_scale": "0.02",
@@ -123,6 +125,7 @@ NEEDS = {
     "objective.p_x_y_weight": ("sgld.conditional=true",),
     "data.labelled_batch_size": ("data.labels_per_class=9",),
     "evaluate.ema": ("optimizer.ema_decay=0.9",),
+    "optimizer.sam_adaptive": ("optimizer.sam_rho=0.5",),
 }
 ALL_SETTINGS = [key for key in flatten(load_run_config("digits", [])) if key != "name"]
 
@@ -308,6 +311,7 @@ def test_values_that_do_not_go_together_are_found_in_all_groups_at_once():
         ("data.name=cifar11", "did you mean 'cifar10'?"),
         ("data.name=imagefolder", "data.root: is required for data.name=imagefolder"),
         ("data.labelled_batch_size=3", "has no effect without data.labels_per_class"),
+        ("optimizer.sam_adaptive=true", "has no effect without optimizer.sam_rho; set that, to 0.5 say"),
         ("objective.p_x_y_weight=1", "sgld.conditional: is false, must be true"),
         ("evaluate.ema=true", "no weights are averaged; set optimizer.ema_decay"),
         ("evaluate.model_name=a/b", "is 'a/b', must be letters, digits, dots, dashes and underscores"),

@@ -44,6 +44,8 @@ def test_the_figures_of_a_small_network_are_those_by_hand(capsys):
         (("sgld.steps=5",), 16),
         (("objective.p_x_weight=0",), 3),
         (("sgld.steps=5", "data.labels_per_class=4", "data.labelled_batch_size=32"), 17.5),
+        (("optimizer.sam_rho=0.5",), 52),  # 20 x 2F + 2 x 6F
+        (("objective.p_x_weight=0", "optimizer.sam_rho=0.5"), 6),
     ],
 )
 def test_a_steps_cost_in_forward_passes_is_the_papers_arithmetic(settings, cost):
@@ -63,6 +65,11 @@ def test_the_papers_network_costs_what_is_known_of_it():
 def test_chains_take_the_bytes_of_their_storage(dtype, width):
     result = plan(config(*NET, "workers=3", f"replay.dtype={dtype}", "sgld.clamp=1"))
     assert result.metrics["replay_bytes_per_worker"] == 34 * 64 * width
+
+
+def test_sam_keeps_the_weights_it_goes_up_from():
+    plain, sam = (plan(config(*NET, f"optimizer.sam_rho={rho}")).metrics for rho in (0, 0.5))
+    assert sam["weights_bytes"] - plain["weights_bytes"] == 4 * plain["parameters"]
 
 
 def test_a_classifier_keeps_no_chains(capsys):
