@@ -64,6 +64,9 @@ class DataConfig(Settings):
     noise_std: float = setting(0.03, ge=0, doc="Gaussian noise on training images, on the [-1, 1] scale")
     crop_padding: int = setting(4, ge=0, doc="reflect-pad by this and crop at random; 0 turns it off")
     flip: bool = setting(True, doc="mirror half of the training images left to right")
+    augment_p_x: bool = setting(
+        True, doc="false (SADA): p(x) sees training images as they are, without noise, crop or flip; one more pass"
+    )
     labels_per_class: int | None = setting(
         None, ge=1, doc="semi-supervised: cross-entropy on so many labelled images a class, p(x) on all; none: all"
     )
@@ -83,6 +86,9 @@ class DataConfig(Settings):
             yield "stream", f"is true, must be false unless data.name=parquet; {remedy}"
         if self.stream and self.labels_per_class is not None:
             yield "stream", "does not go with data.labels_per_class, which picks from images in memory; leave one out"
+        if not self.augment_p_x and not (self.noise_std or self.crop_padding or self.flip):
+            remedy = "set data.noise_std, data.crop_padding or data.flip, or leave this out"
+            yield "augment_p_x", f"is false, but no training image has noise, is cropped or mirrored; {remedy}"
         if self.labelled_batch_size is not None and self.labels_per_class is None:
             yield "labelled_batch_size", "has no effect without data.labels_per_class; set that or leave this out"
 
@@ -261,10 +267,26 @@ class JEMConfig(Settings):
                 "is uint8, whose levels lie within +- sgld.clamp, and chains without a clamp have no range: "
                 "set sgld.clamp=1, or take replay.dtype=float16",
             )
+        yield from self._conflicts_of_p_x()
         if self.objective.p_x_y_weight > 0 and not self.sgld.conditional:
             yield (
                 "sgld.conditional",
                 "is false, must be true when objective.p_x_y_weight is positive: its samples are pairs (x, y)",
+            )
+
+    def _conflicts_of_p_x(self) -> Iterator[tuple[str, str]]:
+        if self.data.augment_p_x:
+            return
+        if not self.objective.samples_needed:
+            yield (
+                "data.augment_p_x",
+                "is false, but nothing but cross-entropy is trained; set objective.p_x_weight, or leave this out",
+            )
+        if self.objective.p_x_y_weight > 0 and self.data.labels_per_class is not None:
+            yield (
+                "data.augment_p_x",
+                "is false, must be true with objective.p_x_y_weight and data.labels_per_class, whose images with "
+                "labels are augmented; leave one of the three out",
             )
 
 

@@ -39,6 +39,7 @@ def jem_loss(
     sample_labels: Int[Tensor, " samples"],
     config: ObjectiveConfig,
     counts: Counts,
+    logits_joint: Float[Tensor, "labelled c"] | None = None,
 ) -> Loss:
     """The weighted sum of three terms and a penalty (Grathwohl et al., 2020, eq. 7 and 9):
 
@@ -50,6 +51,8 @@ def jem_loss(
     The gradient of an energy gap is the contrastive estimate of that of -log p, provided the samples
     are held fixed. Means are over the global batch: a rank contributes its own sum over `counts`, and a
     rank that holds none of a kind contributes 0.
+
+    `logits_joint`: of the images of p(x, y), where the labelled rows of cross-entropy are augmented and theirs are not.
     """
     energy_data, energy_samples = energy(logits_data), energy(logits_samples)
     cross_entropy = F.cross_entropy(logits_labelled, labels, reduction="sum") / max(counts.labelled, 1)
@@ -59,7 +62,8 @@ def jem_loss(
     if config.p_x_weight:
         total = total + config.p_x_weight * (mean_data - mean_samples)
     if config.p_x_y_weight:
-        joint_data = joint_energy(logits_labelled, labels).sum() / max(counts.labelled, 1)
+        logits_joint = logits_labelled if logits_joint is None else logits_joint
+        joint_data = joint_energy(logits_joint, labels).sum() / max(counts.labelled, 1)
         joint_samples = joint_energy(logits_samples, sample_labels).sum() / max(counts.samples, 1)
         total = total + config.p_x_y_weight * (joint_data - joint_samples)
     if config.energy_l2:

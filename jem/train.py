@@ -205,7 +205,8 @@ def loss_and_gradient(
         samples=batch.n_global if config.objective.samples_needed else 0,
         labelled=batch.n_global if batch.labelled_images is None else batch.n_labelled_global,
     )
-    loss = jem_loss(parts[0], parts[1], logits_labelled, labels, samples.labels, config.objective, counts)
+    logits_joint = logits_labelled if batch.labels is None else parts[0]  # those of p(x, y) are never augmented apart
+    loss = jem_loss(parts[0], parts[1], logits_labelled, labels, samples.labels, config.objective, counts, logits_joint)
     network.zero_grad()
     torch.autograd.backward(loss.total * world.size)
     return loss._replace(total=loss.total.detach())
@@ -243,14 +244,15 @@ def looks(
     """This rank's part of what chains look like beside data: saturation, and the contrast of each.
 
     Saturation: the share of the chains' pixels with |x| >= the clamp (or 2 where there is none), less the
-    share of the data's, which counts from two standard deviations of the data's noise below that: many data
+    share of the data's, which counts from two standard deviations of their noise below that: many data
     are black over most of an image, and a chain that has learnt so sits at the clamp rightly. In [-1, 1];
     about 0 or below while the chains are well.
 
     Contrast: the mean over images of the variance of an image's pixels. 0: each is of one grey.
     """
     at = config.sgld.clamp or WIDE
-    excess = (chains.abs() >= at).sum() - (data.abs() >= at - 2 * config.data.noise_std).sum()
+    noise = config.data.noise_std if config.data.augment_p_x else 0.0
+    excess = (chains.abs() >= at).sum() - (data.abs() >= at - 2 * noise).sum()
     saturation = excess.to(chains.dtype) / (n_global * chains.shape[1:].numel())
     contrasts = [x.flatten(1).var(dim=1, correction=0).sum() / n_global for x in (chains, data)]
     return saturation, contrasts[0], contrasts[1]

@@ -74,7 +74,7 @@ def _network(config: RunConfig, spec: DataSpec) -> tuple[list[tuple[str, str]], 
         "times_a_classifier": passes(config) / passes_of_classifier(config),
         "weights_bytes": float(parameters * width * copies),
         "replay_bytes_per_worker": float(chains * pixels * stored),
-        "activations_bytes_per_worker": float(activations * width * share * (1 + samples)),
+        "activations_bytes_per_worker": float(activations * width * share * (1 + samples + labelled_apart(config))),
         "data_bytes_per_worker": float(sum(held.values())),
     }
     mib = {key: f"{value / 2**20:,.1f} MiB" for key, value in metrics.items() if "bytes" in key}
@@ -97,20 +97,25 @@ def _network(config: RunConfig, spec: DataSpec) -> tuple[list[tuple[str, str]], 
 def passes(config: RunConfig) -> float:
     """The cost of a step in forward passes of the batch: 2 an SGLD step, 3 a training pass.
 
-    Training passes are of the data, of the samples, and of a labelled batch apart; SAM makes each of them twice.
+    Training passes are of the data, of the samples, and of labelled images apart; SAM makes each of them twice.
     """
-    labelled, samples = 0.0, config.objective.samples_needed
-    if config.data.labels_per_class is not None:
-        labelled = (config.data.labelled_batch_size or config.batch_size) / config.batch_size
-    training = 3 * (1 + samples + labelled)
+    samples = config.objective.samples_needed
+    training = 3 * (1 + samples + labelled_apart(config))
     return 2 * config.sgld.steps * samples + (2 if config.optimizer.sam_rho else 1) * training
+
+
+def labelled_apart(config: RunConfig) -> float:
+    """Images of a step that go through the network for cross-entropy alone, in batches."""
+    if config.data.labels_per_class is None:
+        return 0.0 if config.data.augment_p_x else 1.0
+    return (config.data.labelled_batch_size or config.batch_size) / config.batch_size
 
 
 def passes_of_classifier(config: RunConfig) -> float:
     """The same for a classifier on the images that have labels."""
     if config.data.labels_per_class is None:
         return 3.0
-    return 3 * (config.data.labelled_batch_size or config.batch_size) / config.batch_size
+    return 3 * labelled_apart(config)
 
 
 def forward_cost(network: nn.Module, image_shape: tuple[int, int, int]) -> tuple[int, int]:

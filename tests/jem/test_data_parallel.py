@@ -39,6 +39,13 @@ CASES = {
     "2 labelled": {"n": 7, "labelled": 2, **EXACT},  # of 3 or 4 ranks some have none
     "classifier, 1 labelled": {"n": 7, "labelled": 1, **EXACT, "objective__p_x_weight": 0.0},
     "SGD, clipped": {"n": 7, **EXACT, "optimizer__name": "sgd", "optimizer__clip_norm": 0.1},
+    "p(x) and p(x, y) not augmented": {
+        "n": 7,
+        **EXACT,
+        "data__augment_p_x": False,
+        "objective__p_x_y_weight": 0.5,
+        "sgld__conditional": True,
+    },
     "SAM": {"n": 7, **EXACT, "optimizer__sam_rho": 0.3},
     "ASAM, 2 labelled": {"n": 7, "labelled": 2, **EXACT, "optimizer__sam_rho": 0.3, "optimizer__sam_adaptive": True},
 }
@@ -56,10 +63,12 @@ FIGURES = (
 )
 
 
-def whole_batch(n, labelled, dtype, step=0):
+def whole_batch(n, labelled, dtype, step=0, augment_p_x=True):
     random = torch.Generator().manual_seed(step)
     images = torch.randn(n, *SHAPE, generator=random, dtype=torch.float64).to(dtype)
     labels = torch.randint(CLASSES, (n,), generator=random)
+    if not augment_p_x:
+        return Batch(images, labels, images + 0.1, labels, n, n)
     if labelled is None:
         return labelled_batch(images, labels)
     return Batch(images, None, images[:labelled] + 0.1, labels[:labelled], n, labelled)
@@ -93,7 +102,7 @@ def several_steps(world, n, labelled=None, **settings):
     seen = []
     for step in range(STEPS):
         dtype = torch.float64 if config.precision == "float64" else torch.float32
-        batch = part(whole_batch(n, labelled, dtype, step), world)
+        batch = part(whole_batch(n, labelled, dtype, step, config.data.augment_p_x), world)
         info = train_step(state, batch, config, world, wrapped)
         gradients = [p.grad.clone() for p in state.network.parameters()]
         chains = None if state.replay is None else state.replay.chains.clone()

@@ -1,3 +1,4 @@
+import copy
 import math
 
 import pytest
@@ -52,6 +53,26 @@ def test_labelled_images_join_the_same_forward_pass():
     whole = batch()
     train_step(state, Batch(whole.images, None, whole.images[:2], whole.labels[:2], 6, 2), config, World())
     assert state.network.calls[-1][:2] == (True, 6 + 6 + 2)
+
+
+def test_images_of_p_x_and_the_same_rows_augmented_join_one_forward_pass_and_each_has_its_terms():
+    """Cross-entropy and accuracy are those of the augmented images; energies, joint ones too, of the others."""
+    config, state = begin(objective__p_x_y_weight=0.5, sgld__conditional=True, data__augment_p_x=False)
+    plain, augmented = batch(seed=1), batch(seed=2)
+    both = Batch(plain.images, plain.labels, augmented.images, plain.labels, 6, 6)
+    twin = copy.deepcopy(state.network)
+    info = train_step(state, both, config, World())
+    assert state.network.calls[-1][:2] == (True, 6 + 6 + 6)
+    chains = sample(begin(sgld__conditional=True)[1], config, plain.images, 6)
+    with torch.no_grad():
+        seen = [twin(images) for images in (plain.images, chains.images, augmented.images)]
+    torch.testing.assert_close(info.loss.cross_entropy, nn.functional.cross_entropy(seen[2], plain.labels))
+    assert info.loss.accuracy == (seen[2].argmax(dim=1) == plain.labels).float().mean()
+    energies = [-logits.logsumexp(dim=1).mean() for logits in seen[:2]]
+    torch.testing.assert_close([info.loss.energy_data, info.loss.energy_samples], energies)
+    joint = [-f[range(6), y].mean() for f, y in zip(seen, (plain.labels, chains.labels), strict=False)]
+    total = info.loss.cross_entropy + energies[0] - energies[1] + 0.5 * (joint[0] - joint[1])
+    torch.testing.assert_close(info.loss.total, total)
 
 
 def test_a_classifier_runs_no_chains_and_costs_one_forward_pass_of_the_batch():
@@ -212,6 +233,10 @@ def test_chains_at_the_clamp_are_not_saturated_where_as_much_of_the_data_is():
     assert abs(looked(black, data, sgld__clamp=1.0)[0] - 0.5 * 0.0228) < 0.005
     assert abs(looked(black.sign().abs() * 2 - 1, data, sgld__clamp=1.0)[0] - 0.51) < 0.005
     assert looked(black, data)[0] == 0  # without a clamp
+    assert looked(black, black, sgld__clamp=1.0, data__augment_p_x=False)[0] == 0  # data without noise
+    grey = torch.full_like(black, -0.9)
+    assert looked(grey, grey, sgld__clamp=1.0, data__augment_p_x=False)[0] == 0
+    assert looked(grey, grey, sgld__clamp=1.0)[0] == -1
 
 
 def test_contrast_is_the_variance_within_an_image_not_between_images():

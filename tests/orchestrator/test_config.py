@@ -41,6 +41,7 @@ OTHER = {
     "data.stream": "true",
     "data.crop_padding": "1",
     "data.flip": "true",
+    "data.augment_p_x": "false",
     "data.labels_per_class": "7",
     "data.labelled_batch_size": "7",
     "data.options": "{a: 1}",
@@ -311,6 +312,12 @@ def test_values_that_do_not_go_together_are_found_in_all_groups_at_once():
         ("data.name=cifar11", "did you mean 'cifar10'?"),
         ("data.name=imagefolder", "data.root: is required for data.name=imagefolder"),
         ("data.labelled_batch_size=3", "has no effect without data.labels_per_class"),
+        ("data.augment_p_x=false data.noise_std=0", "no training image has noise, is cropped or mirrored; set data.n"),
+        ("data.augment_p_x=false objective.p_x_weight=0", "nothing but cross-entropy is trained; set objective.p_x_w"),
+        (
+            "data.augment_p_x=false objective.p_x_y_weight=1 sgld.conditional=true data.labels_per_class=7",
+            "data.augment_p_x: is false, must be true with objective.p_x_y_weight and data.labels_per_class",
+        ),
         ("optimizer.sam_adaptive=true", "has no effect without optimizer.sam_rho; set that, to 0.5 say"),
         ("objective.p_x_y_weight=1", "sgld.conditional: is false, must be true"),
         ("evaluate.ema=true", "no weights are averaged; set optimizer.ema_decay"),
@@ -328,7 +335,7 @@ def test_values_that_do_not_go_together_are_found_in_all_groups_at_once():
     ],
 )
 def test_a_mistake_is_named_with_value_bound_and_remedy(setting, said):
-    found = problems("digits", setting)
+    found = problems("digits", *setting.split(" "))
     assert len(found) == 1
     assert said in found[0]
 

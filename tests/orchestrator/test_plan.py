@@ -44,8 +44,11 @@ def test_the_figures_of_a_small_network_are_those_by_hand(capsys):
         (("sgld.steps=5",), 16),
         (("objective.p_x_weight=0",), 3),
         (("sgld.steps=5", "data.labels_per_class=4", "data.labelled_batch_size=32"), 17.5),
+        (("data.augment_p_x=false",), 49),  # the data as they are, and augmented
+        (("data.augment_p_x=false", "data.labels_per_class=4000"), 49),  # labelled images are apart as it is
         (("optimizer.sam_rho=0.5",), 52),  # 20 x 2F + 2 x 6F
         (("objective.p_x_weight=0", "optimizer.sam_rho=0.5"), 6),
+        (("sgld.steps=5", "data.augment_p_x=false", "optimizer.sam_rho=0.5"), 28),  # SADA
     ],
 )
 def test_a_steps_cost_in_forward_passes_is_the_papers_arithmetic(settings, cost):
@@ -70,6 +73,14 @@ def test_chains_take_the_bytes_of_their_storage(dtype, width):
 def test_sam_keeps_the_weights_it_goes_up_from():
     plain, sam = (plan(config(*NET, f"optimizer.sam_rho={rho}")).metrics for rho in (0, 0.5))
     assert sam["weights_bytes"] - plain["weights_bytes"] == 4 * plain["parameters"]
+
+
+def test_images_of_cross_entropy_apart_are_held_too():
+    plain, apart, few = (
+        plan(config(*NET, *more)).metrics["activations_bytes_per_worker"]
+        for more in ((), ("data.augment_p_x=false",), ("data.labels_per_class=4", "data.labelled_batch_size=4"))
+    )
+    assert (apart / plain, few / plain) == (3 / 2, 2.25 / 2)
 
 
 def test_a_classifier_keeps_no_chains(capsys):
