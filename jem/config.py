@@ -158,10 +158,20 @@ class ObjectiveConfig(Settings):
     p_x_weight: float = setting(1.0, ge=0, doc="weight of the energy gap, whose gradient is that of -log p(x)")
     p_x_y_weight: float = setting(0.0, ge=0, doc="weight of the joint energy gap, -log p(x, y)")
     energy_l2: float = setting(0.0, ge=0, doc="weight of mean E(x)^2 over data plus mean E(x)^2 over samples")
+    kl_weight: float = setting(
+        0.0, ge=0, doc="weight of the KL term of improved contrastive divergence, through the chains' last step"
+    )
+    kl_samples: int | None = setting(
+        None, ge=1, doc="chains of a step that the KL term is a mean over, over all workers; none: all"
+    )
 
     def conflicts(self) -> Iterator[tuple[str, str]]:
         if not (self.p_y_given_x_weight or self.p_x_weight or self.p_x_y_weight):
             yield "p_x_weight", "all weights are 0: nothing would be trained; give one of the three a positive value"
+        if self.kl_weight and not self.samples_needed:
+            yield "kl_weight", "is positive, but no chains are run; set objective.p_x_weight, or leave this out"
+        if self.kl_samples is not None and not self.kl_weight:
+            yield "kl_samples", "has no effect without objective.kl_weight; set that, to 0.3 say, or leave this out"
 
     @property
     def samples_needed(self) -> bool:
@@ -266,6 +276,11 @@ class JEMConfig(Settings):
                 "replay.dtype",
                 "is uint8, whose levels lie within +- sgld.clamp, and chains without a clamp have no range: "
                 "set sgld.clamp=1, or take replay.dtype=float16",
+            )
+        if (self.objective.kl_samples or 1) > self.batch_size:
+            yield (
+                "objective.kl_samples",
+                f"is {self.objective.kl_samples}, must be at most batch_size ({self.batch_size}): a step's chains",
             )
         yield from self._conflicts_of_p_x()
         if self.objective.p_x_y_weight > 0 and not self.sgld.conditional:

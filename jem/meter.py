@@ -14,7 +14,7 @@ NUMBERS = ("lost_chains", "skipped", "steps")
 """Counted at every step and added up; all others are means over the steps whose updates were made."""
 
 FIELDS = (
-    *("loss", "cross_entropy", "energy_data", "energy_samples", "accuracy"),
+    *("loss", "cross_entropy", "energy_data", "energy_samples", "accuracy", "kl"),
     *(*OF_CHAINS, "grad_norm", *NUMBERS),
 )
 OF_SAMPLES = ("energy_samples", "energy_gap", "lost_chains", *OF_CHAINS)
@@ -57,5 +57,6 @@ def named(figures: dict[str, float], objective: ObjectiveConfig, learning_rate: 
     metrics["energy_gap"] = metrics["energy_data"] - metrics["energy_samples"]
     metrics["skipped_updates"] = round(metrics.pop("skipped"))
     metrics["lost_chains"] = round(metrics["lost_chains"])
-    dropped = () if objective.samples_needed else OF_SAMPLES
+    dropped = set() if objective.samples_needed else set(OF_SAMPLES)
+    dropped |= set() if objective.kl_weight else {"kl"}  # which few objectives have
     return {f"train/{key}": value for key, value in metrics.items() if key not in dropped}

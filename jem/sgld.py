@@ -17,10 +17,11 @@ Differentiate = Callable[[EnergyFn, Tensor], tuple[Tensor, Tensor]]
 
 
 class Transition(NamedTuple):
-    """What a step of n chains saw. `energy` [n] and `grad_norm` [n] belong to the position it started from."""
+    """What a step of n chains saw. `energy` [n] and `grad_norm` [n] belong to `before`, where it started from."""
 
     energy: Tensor
     grad_norm: Tensor
+    before: Tensor  # [n, *d]
 
 
 def differentiate(energy_fn: EnergyFn, x: Float[Tensor, "n ..."]) -> tuple[Float[Tensor, " n"], Float[Tensor, "n ..."]]:
@@ -58,7 +59,7 @@ def sgld_step(
     moved = x - config.step_size * downhill + config.noise_scale * noise
     if config.clamp is not None:
         moved = moved.clamp(-config.clamp, config.clamp)
-    return moved, Transition(energy, gradient.flatten(1).norm(dim=1))
+    return moved, Transition(energy, gradient.flatten(1).norm(dim=1), x)
 
 
 def sgld_chain(

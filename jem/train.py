@@ -17,6 +17,7 @@ from jem.compiled import Compiled
 from jem.config import JEMConfig
 from jem.data.batches import Batch
 from jem.energy import Logits, energy_fn
+from jem.kl import kl_energies, live_and_held
 from jem.models import ImageShape, initialize_act_norm, make_network
 from jem.objective import Counts, Loss, jem_loss
 from jem.optim import BufferGuard, averaged_copy, guarded_update, learning_rate, make_optimizer, update_average
@@ -76,6 +77,7 @@ class Samples(NamedTuple):
     chain_contrast: Tensor
     data_contrast: Tensor
     lost_chains: Tensor
+    before: Tensor  # where the images stood before the chains' last step
 
 
 def start(
@@ -151,7 +153,7 @@ def train_step(
     network = state.network
     samples = sample(state, config, batch.images, batch.n_global)
     guard = BufferGuard(network)
-    backward = functools.partial(loss_and_gradient, network, batch, samples, config, world, wrapped)
+    backward = functools.partial(loss_and_gradient, network, guard.before, batch, samples, config, world, wrapped)
     loss = sharpness_aware(backward, network, config.optimizer) if config.optimizer.sam_rho else backward()
     rate = learning_rate(config.optimizer, state.step)
     grad_norm, skipped = guarded_update(state.optimizer, config.optimizer, rate)
@@ -176,40 +178,70 @@ def train_step(
 
 def loss_and_gradient(
     network: nn.Module,
+    buffers: dict[str, Tensor],
     batch: Batch,
     samples: Samples,
     config: JEMConfig,
     world: World,
     wrapped: nn.Module | None = None,
 ) -> Loss:
-    """The loss; its gradient, reduced over all ranks, is left in the weights.
+    """The loss; its gradient, reduced over all ranks, is left in the weights. `buffers`: as the chains saw them.
 
     The chains went through the bare network: they are each rank's own and communicate nothing. Data,
     samples and labelled images go through the wrapped network in ONE forward pass, because
     DistributedDataParallel reduces the gradients of one forward and one backward pass. It divides them
-    by the world size, hence the factor.
+    by the world size, hence the factor. The KL term goes through the bare network, too: all of a weight's
+    gradient has come together when DistributedDataParallel sees it.
     """
+    energy_kl = None
+    if config.objective.kl_weight:
+        energy_kl = energies_of_last_step(network, buffers, samples, config, world, batch.n_global)
     labelled = batch.images[:0] if batch.labelled_images is None else batch.labelled_images
     network.train()
     with autocast(config, batch.images.device):
         logits = (wrapped or network)(torch.cat([batch.images, samples.images, labelled]))
     if logits.dtype != torch.float64:
         logits = logits.float()
-    parts = logits.split([len(batch.images), len(samples.images), len(labelled)])
-    logits_labelled, labels = parts[2], batch.labelled_labels
-    if batch.labelled_images is None:
-        logits_labelled, labels = parts[0], batch.labels
+    of_data, of_samples, of_labelled = logits.split([len(batch.images), len(samples.images), len(labelled)])
+    given = batch.labelled_images is None  # labels go with the data, and nothing else has any
+    labels = batch.labels if given else batch.labelled_labels
     assert labels is not None
-    counts = Counts(
-        data=batch.n_global,
-        samples=batch.n_global if config.objective.samples_needed else 0,
-        labelled=batch.n_global if batch.labelled_images is None else batch.n_labelled_global,
+    n = batch.n_global
+    loss = jem_loss(
+        of_data,
+        of_samples,
+        of_data if given else of_labelled,
+        labels,
+        samples.labels,
+        config.objective,
+        Counts(
+            n, n if config.objective.samples_needed else 0, batch.n_labelled_global, config.objective.kl_samples or n
+        ),
+        logits_joint=of_labelled if batch.labels is None else of_data,  # p(x, y) sees the images that p(x) does
+        energy_kl=energy_kl,
     )
-    logits_joint = logits_labelled if batch.labels is None else parts[0]  # those of p(x, y) are never augmented apart
-    loss = jem_loss(parts[0], parts[1], logits_labelled, labels, samples.labels, config.objective, counts, logits_joint)
     network.zero_grad()
     torch.autograd.backward(loss.total * world.size)
     return loss._replace(total=loss.total.detach())
+
+
+def energies_of_last_step(
+    network: nn.Module,
+    buffers: dict[str, Tensor],
+    samples: Samples,
+    config: JEMConfig,
+    world: World,
+    n_global: int,
+) -> Float[Tensor, " kl"]:
+    """`kl_energies` of this rank's share of `kl_samples` chains: the network is as it was while they moved."""
+    rows, wanted = world.share(n_global), config.objective.kl_samples or n_global
+    mine = slice(rows.stop * wanted // n_global - rows.start * wanted // n_global)
+    if mine.stop == 0:
+        return samples.images.new_zeros(0)
+    network.eval()
+    with autocast(config, samples.images.device):
+        energies = live_and_held(network, buffers, samples.labels[mine] if config.sgld.conditional else None)
+        return kl_energies(*energies, samples.before[mine], samples.images[mine], config.sgld)
 
 
 def sample(state: TrainState, config: JEMConfig, like: Float[Tensor, "n c h w"], n_global: int) -> Samples:
@@ -219,7 +251,7 @@ def sample(state: TrainState, config: JEMConfig, like: Float[Tensor, "n c h w"],
     """
     if state.replay is None:
         none = like.new_zeros(())
-        return Samples(like[:0], torch.zeros(0, dtype=torch.int64, device=like.device), *[none] * 6)
+        return Samples(like[:0], torch.zeros(0, dtype=torch.int64, device=like.device), *[none] * 6, like[:0])
     drawn = state.replay.draw(len(like), state.generator)
     state.network.eval()
     with autocast(config, like.device):
@@ -227,7 +259,7 @@ def sample(state: TrainState, config: JEMConfig, like: Float[Tensor, "n c h w"],
         images, transition = sgld_chain(energy, drawn.x, config.sgld, state.generator, state.differentiate)
     lost = state.replay.write(drawn.slots, images, state.generator)
     shares = *_shares(transition, drawn.restarted, n_global), *looks(images, like, config, n_global)
-    return Samples(images, drawn.labels, *shares, lost.to(like.dtype))
+    return Samples(images, drawn.labels, *shares, lost.to(like.dtype), transition.before)
 
 
 def _shares(transition: Transition, restarted: Tensor, n_global: int) -> tuple[Tensor, Tensor]:

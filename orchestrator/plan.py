@@ -74,7 +74,7 @@ def _network(config: RunConfig, spec: DataSpec) -> tuple[list[tuple[str, str]], 
         "times_a_classifier": passes(config) / passes_of_classifier(config),
         "weights_bytes": float(parameters * width * copies),
         "replay_bytes_per_worker": float(chains * pixels * stored),
-        "activations_bytes_per_worker": float(activations * width * share * (1 + samples + labelled_apart(config))),
+        "activations_bytes_per_worker": float(activations * width * share * held_passes(config)),
         "data_bytes_per_worker": float(sum(held.values())),
     }
     mib = {key: f"{value / 2**20:,.1f} MiB" for key, value in metrics.items() if "bytes" in key}
@@ -97,11 +97,18 @@ def _network(config: RunConfig, spec: DataSpec) -> tuple[list[tuple[str, str]], 
 def passes(config: RunConfig) -> float:
     """The cost of a step in forward passes of the batch: 2 an SGLD step, 3 a training pass.
 
-    Training passes are of the data, of the samples, and of labelled images apart; SAM makes each of them twice.
+    Training passes are of the data, of the samples, and of labelled images apart. The KL term costs 8 for each of its
+    chains: E_theta and its gradient at x are 2, E_sg(theta) and its gradient at x' are 2, and the derivative of the
+    first two in weights and activations is twice what they are, 4. SAM makes twice of all this, the chains apart.
     """
     samples = config.objective.samples_needed
-    training = 3 * (1 + samples + labelled_apart(config))
+    training = 3 * (1 + samples + labelled_apart(config)) + 8 * kl_share(config)
     return 2 * config.sgld.steps * samples + (2 if config.optimizer.sam_rho else 1) * training
+
+
+def held_passes(config: RunConfig) -> float:
+    """Batches whose activations are held at once; of the KL term's chains those at x, their gradients, those at x'."""
+    return 1 + config.objective.samples_needed + labelled_apart(config) + 3 * kl_share(config)
 
 
 def labelled_apart(config: RunConfig) -> float:
@@ -109,6 +116,13 @@ def labelled_apart(config: RunConfig) -> float:
     if config.data.labels_per_class is None:
         return 0.0 if config.data.augment_p_x else 1.0
     return (config.data.labelled_batch_size or config.batch_size) / config.batch_size
+
+
+def kl_share(config: RunConfig) -> float:
+    """Chains that the KL term differentiates, in batches."""
+    if not config.objective.kl_weight:
+        return 0.0
+    return (config.objective.kl_samples or config.batch_size) / config.batch_size
 
 
 def passes_of_classifier(config: RunConfig) -> float:

@@ -15,7 +15,7 @@ settings.load_profile("any machine")
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 TENSOR_MODULES = (
-    *("energy", "sgld", "replay", "objective", "models", "optim"),
+    *("energy", "sgld", "replay", "objective", "kl", "models", "optim"),
     *("sam", "train", "meter", "world", "evaluate"),
 )
 # Before any of them is imported. From here on a tensor of the wrong shape raises.

@@ -46,9 +46,17 @@ CASES = {
         "objective__p_x_y_weight": 0.5,
         "sgld__conditional": True,
     },
+    "KL": {"n": 7, **EXACT, "objective__kl_weight": 0.3},
+    "KL, an image a rank, class-conditional, convolutions, SAM": {
+        "n": 4,
+        **EXACT,
+        **{"model__name": "small_conv", "model__channels": [3, 5], "model__activation": "silu"},
+        **{"objective__kl_weight": 0.3, "sgld__conditional": True, "optimizer__sam_rho": 0.3},
+    },
     "SAM": {"n": 7, **EXACT, "optimizer__sam_rho": 0.3},
     "ASAM, 2 labelled": {"n": 7, "labelled": 2, **EXACT, "optimizer__sam_rho": 0.3, "optimizer__sam_adaptive": True},
 }
+FEW = {"n": 7, **EXACT, "objective__kl_weight": 0.3, "objective__kl_samples": 2}  # of 3 or 4 ranks some have none
 BATCH_NORM = {"model__name": "small_conv", "model__channels": [3, 5], "model__norm": "batch"}
 GUARDS = {
     "adam, first update": {"poison": math.nan, "poison_at": 0},
@@ -151,7 +159,10 @@ def on_rank(world):
     return {
         "cases": {name: several_steps(world, **case) for name, case in CASES.items()},
         "batch norm": several_steps(world, 8, **EXACT, **BATCH_NORM),
-        "batch norm, SAM": several_steps(world, 8, **EXACT, **BATCH_NORM, optimizer__sam_rho=0.3),
+        "batch norm, SAM, KL": several_steps(
+            world, 8, **EXACT, **BATCH_NORM, optimizer__sam_rho=0.3, objective__kl_weight=0.3
+        ),
+        "KL of 2 chains": several_steps(world, **FEW),
         "guards": {key: poisoned_steps(world, **case, **BATCH_NORM) for key, case in GUARDS.items()},
         "collectives": rank_alone_samples(world),
         "act norm": act_norm(world),
@@ -185,7 +196,7 @@ def test_gradients_weights_and_chains_are_those_of_one_process_on_the_whole_batc
             torch.testing.assert_close(summed, figure, atol=1e-7, rtol=0, msg=name)
 
 
-@pytest.mark.parametrize("case", [*CASES, "batch norm", "batch norm, SAM"])
+@pytest.mark.parametrize("case", [*CASES, "batch norm", "batch norm, SAM, KL", "KL of 2 chains"])
 @pytest.mark.parametrize("size", SIZES)
 def test_weights_moments_averages_and_buffers_are_bit_equal_on_all_ranks_after_every_step(ranks, size, case):
     runs = [rank["cases"][case] if case in CASES else rank[case] for rank in ranks[size]]
