@@ -24,7 +24,8 @@ class ModelConfig(Settings):
     norm: str = setting(
         "none",
         choices=("none", "batch", "instance", "layer", "act"),
-        doc="normalisation; with batch, an image's energy depends on its batch while training",
+        doc="normalisation; batch: a training pass takes the statistics of data and samples together, so that an "
+        "image's energy depends on its batch; chains and evaluation take running ones",
     )
     activation: str = setting("leaky_relu", choices=("leaky_relu", "silu"), doc="leaky_relu has slope 0.2")
     options: dict[str, Any] = setting({}, doc="handed to a function of your own, as model.options.KEY=VALUE")

@@ -247,7 +247,9 @@ def energies_of_last_step(
 def sample(state: TrainState, config: JEMConfig, like: Float[Tensor, "n c h w"], n_global: int) -> Samples:
     """Move as many of this rank's chains as `like` holds images, and put them back.
 
-    The network is in eval mode meanwhile: with batch norm, running statistics.
+    The network is in eval mode meanwhile, as in JEM's released code. With batch norm chains then follow the running
+    statistics, which are those of data, samples and labelled images together (one training pass sees them all, and
+    the ranks' are averaged) and which sampling leaves as they are: no chain depends on the others of its batch.
     """
     if state.replay is None:
         none = like.new_zeros(())

@@ -262,6 +262,41 @@ def test_a_step_looks_at_its_chains_after_they_moved():
     assert info.chain_contrast > 4 * looks(before, images, config, 6)[1]
 
 
+BATCH_NORM = {"model__name": "small_conv", "model__channels": [3, 5], "model__norm": "batch"}
+
+
+def test_with_batch_norm_sampling_leaves_running_statistics_and_no_chain_depends_on_the_others():
+    config, state = begin(**BATCH_NORM, replay__capacity=6, replay__reinit_prob=0.0, sgld__noise_scale=0.0)
+    for step in range(3):
+        train_step(state, batch(seed=step), config, World())
+    buffers, chains = copy.deepcopy(dict(state.network.named_buffers())), state.replay.chains.clone()
+    assert (buffers["1.running_var"] != 1).all()
+    moved = []
+    for others in (chains[1:], 3 * chains[1:].flip(0)):
+        state.replay.chains = torch.cat([chains[:1], others])
+        sample(state, config, batch().images, 6)
+        moved.append(state.replay.chains.clone())
+        for name, buffer in state.network.named_buffers():
+            assert torch.equal(buffer, buffers[name]), name
+    torch.testing.assert_close(moved[0][0], moved[1][0], atol=1e-6, rtol=0)
+    assert not torch.equal(moved[0][0], chains[0])
+
+
+@pytest.mark.parametrize("labelled", [0, 2])
+def test_with_batch_norm_running_statistics_are_of_data_samples_and_labelled_images_together(labelled):
+    config, state = begin(**BATCH_NORM)
+    twin, whole = copy.deepcopy(state.network), batch()
+    data = whole
+    if labelled:
+        data = Batch(whole.images, None, 2 * whole.images[:labelled], whole.labels[:labelled], 6, labelled)
+    samples = sample(begin(**BATCH_NORM)[1], config, whole.images, 6)
+    train_step(state, data, config, World())
+    seen = twin[0](torch.cat([whole.images, samples.images, 2 * whole.images[:labelled]]))
+    variance, mean = torch.var_mean(seen, dim=(0, 2, 3))
+    torch.testing.assert_close(state.network[1].running_mean, 0.1 * mean)
+    torch.testing.assert_close(state.network[1].running_var, 0.9 + 0.1 * variance)
+
+
 def test_the_average_starts_at_the_weights_that_act_norm_left():
     _, state = begin(model__name="small_conv", model__channels=[3], model__norm="act", optimizer__ema_decay=0.9)
     prepare_first_step(state, 5 + 3 * batch().images)
