@@ -206,17 +206,16 @@ def loss_and_gradient(
     given = batch.labelled_images is None  # labels go with the data, and nothing else has any
     labels = batch.labels if given else batch.labelled_labels
     assert labels is not None
-    n = batch.n_global
+    objective, n = config.objective, batch.n_global
+    chains, of_kl = n if objective.samples_needed else 0, objective.kl_samples or n
     loss = jem_loss(
         of_data,
         of_samples,
         of_data if given else of_labelled,
         labels,
         samples.labels,
-        config.objective,
-        Counts(
-            n, n if config.objective.samples_needed else 0, batch.n_labelled_global, config.objective.kl_samples or n
-        ),
+        objective,
+        Counts(n, chains, batch.n_labelled_global, of_kl),
         logits_joint=of_labelled if batch.labels is None else of_data,  # p(x, y) sees the images that p(x) does
         energy_kl=energy_kl,
     )
