@@ -24,7 +24,8 @@ class ModelConfig(Settings):
     norm: str = setting(
         "none",
         choices=("none", "batch", "instance", "layer", "act"),
-        doc="normalisation; with batch, an image's energy depends on its batch while training",
+        doc="normalisation; batch: a training pass takes the statistics of data and samples together, so that an "
+        "image's energy depends on its batch; chains and evaluation take running ones",
     )
     activation: str = setting("leaky_relu", choices=("leaky_relu", "silu"), doc="leaky_relu has slope 0.2")
     options: dict[str, Any] = setting({}, doc="handed to a function of your own, as model.options.KEY=VALUE")
@@ -64,6 +65,9 @@ class DataConfig(Settings):
     noise_std: float = setting(0.03, ge=0, doc="Gaussian noise on training images, on the [-1, 1] scale")
     crop_padding: int = setting(4, ge=0, doc="reflect-pad by this and crop at random; 0 turns it off")
     flip: bool = setting(True, doc="mirror half of the training images left to right")
+    augment_p_x: bool = setting(
+        True, doc="false (SADA): p(x) sees training images as they are, without noise, crop or flip; one more pass"
+    )
     labels_per_class: int | None = setting(
         None, ge=1, doc="semi-supervised: cross-entropy on so many labelled images a class, p(x) on all; none: all"
     )
@@ -83,6 +87,9 @@ class DataConfig(Settings):
             yield "stream", f"is true, must be false unless data.name=parquet; {remedy}"
         if self.stream and self.labels_per_class is not None:
             yield "stream", "does not go with data.labels_per_class, which picks from images in memory; leave one out"
+        if not self.augment_p_x and not (self.noise_std or self.crop_padding or self.flip):
+            remedy = "set data.noise_std, data.crop_padding or data.flip, or leave this out"
+            yield "augment_p_x", f"is false, but no training image has noise, is cropped or mirrored; {remedy}"
         if self.labelled_batch_size is not None and self.labels_per_class is None:
             yield "labelled_batch_size", "has no effect without data.labels_per_class; set that or leave this out"
 
@@ -101,12 +108,18 @@ class OptimizerConfig(Settings):
     decay_rate: float = setting(0.3, gt=0, le=1, doc="factor of each decay")
     clip_norm: float | None = setting(None, gt=0, doc="largest norm of the whole gradient; none: not clipped")
     ema_decay: float = setting(0.0, ge=0, lt=1, doc="decay a step of the averaged weights; 0 keeps none")
+    sam_rho: float = setting(
+        0.0, ge=0, doc="SAM: the gradient is the loss's so far up from the weights, in a second training pass; 0: none"
+    )
+    sam_adaptive: bool = setting(False, doc="ASAM: sam_rho counts in units of the weights, whatever their scale")
 
     def conflicts(self) -> Iterator[tuple[str, str]]:
         if len(self.betas) != 2:
             yield "betas", f"has {len(self.betas)} entries, must have two"
         if list(self.decay_steps) != sorted(set(self.decay_steps)):
             yield "decay_steps", f"is {list(self.decay_steps)}, must rise from one entry to the next"
+        if self.sam_adaptive and not self.sam_rho:
+            yield "sam_adaptive", "has no effect without optimizer.sam_rho; set that, to 0.5 say, or leave this out"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,10 +187,20 @@ class ObjectiveConfig(Settings):
     p_x_weight: float = setting(1.0, ge=0, doc="weight of the energy gap, whose gradient is that of -log p(x)")
     p_x_y_weight: float = setting(0.0, ge=0, doc="weight of the joint energy gap, -log p(x, y)")
     energy_l2: float = setting(0.0, ge=0, doc="weight of mean E(x)^2 over data plus mean E(x)^2 over samples")
+    kl_weight: float = setting(
+        0.0, ge=0, doc="weight of the KL term of improved contrastive divergence, through the chains' last step"
+    )
+    kl_samples: int | None = setting(
+        None, ge=1, doc="chains of a step that the KL term is a mean over, over all workers; none: all"
+    )
 
     def conflicts(self) -> Iterator[tuple[str, str]]:
         if not (self.p_y_given_x_weight or self.p_x_weight or self.p_x_y_weight):
             yield "p_x_weight", "all weights are 0: nothing would be trained; give one of the three a positive value"
+        if self.kl_weight and not self.samples_needed:
+            yield "kl_weight", "is positive, but no chains are run; set objective.p_x_weight, or leave this out"
+        if self.kl_samples is not None and not self.kl_weight:
+            yield "kl_samples", "has no effect without objective.kl_weight; set that, to 0.3 say, or leave this out"
 
     @property
     def samples_needed(self) -> bool:
@@ -287,10 +310,34 @@ class JEMConfig(Settings):
             yield "replay.prior", "is data, whose images must be in memory, and data.stream=true: take gaussian"
         if self.compile and self.sgld.inner_steps > 1:
             yield "compile", "is true, must be false with sgld.inner_steps > 1, whose gradients are in parts"
+        if self.objective.kl_weight and self.sgld.inner_steps > 1:
+            message = "is positive, must be 0 with sgld.inner_steps > 1: it differentiates a step of SGLD, not of PYLD"
+            yield "objective.kl_weight", message
+        if (self.objective.kl_samples or 1) > self.batch_size:
+            yield (
+                "objective.kl_samples",
+                f"is {self.objective.kl_samples}, must be at most batch_size ({self.batch_size}): a step's chains",
+            )
+        yield from self._conflicts_of_p_x()
         if self.objective.p_x_y_weight > 0 and not self.sgld.conditional:
             yield (
                 "sgld.conditional",
                 "is false, must be true when objective.p_x_y_weight is positive: its samples are pairs (x, y)",
+            )
+
+    def _conflicts_of_p_x(self) -> Iterator[tuple[str, str]]:
+        if self.data.augment_p_x:
+            return
+        if not self.objective.samples_needed:
+            yield (
+                "data.augment_p_x",
+                "is false, but nothing but cross-entropy is trained; set objective.p_x_weight, or leave this out",
+            )
+        if self.objective.p_x_y_weight > 0 and self.data.labels_per_class is not None:
+            yield (
+                "data.augment_p_x",
+                "is false, must be true with objective.p_x_y_weight and data.labels_per_class, whose images with "
+                "labels are augmented; leave one of the three out",
             )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from jem.config import ObjectiveConfig
 from jem.train import StepInfo
@@ -14,7 +15,7 @@ NUMBERS = ("lost_chains", "skipped", "steps")
 """Counted at every step and added up; all others are means over the steps whose updates were made."""
 
 FIELDS = (
-    *("loss", "cross_entropy", "energy_data", "energy_samples", "accuracy"),
+    *("loss", "cross_entropy", "energy_data", "energy_samples", "accuracy", "kl"),
     *(*OF_CHAINS, "grad_norm", *NUMBERS),
 )
 OF_SAMPLES = ("energy_samples", "energy_gap", "lost_chains", *OF_CHAINS)
@@ -30,6 +31,11 @@ class Meter:
     def __init__(self, device: torch.device, readers: int = 2) -> None:
         self.sums = torch.zeros(readers, len(FIELDS), dtype=torch.float64, device=device)
         self.means = torch.tensor([field not in NUMBERS for field in FIELDS], device=device)
+
+    def load(self, sums: Tensor) -> None:
+        """Go on from these sums. Those of a version that had other fields are left: means begin anew."""
+        if sums.shape == self.sums.shape:
+            self.sums.copy_(sums)
 
     def add(self, info: StepInfo, world: World) -> None:
         """Count a step. One whose update was skipped counts as that alone: its figures are not numbers."""
@@ -57,5 +63,6 @@ def named(figures: dict[str, float], objective: ObjectiveConfig, learning_rate: 
     metrics["energy_gap"] = metrics["energy_data"] - metrics["energy_samples"]
     metrics["skipped_updates"] = round(metrics.pop("skipped"))
     metrics["lost_chains"] = round(metrics["lost_chains"])
-    dropped = () if objective.samples_needed else OF_SAMPLES
+    dropped = set() if objective.samples_needed else set(OF_SAMPLES)
+    dropped |= set() if objective.kl_weight else {"kl"}  # which few objectives have
     return {f"train/{key}": value for key, value in metrics.items() if key not in dropped}

@@ -84,16 +84,16 @@ class BufferGuard:
     """
 
     def __init__(self, network: nn.Module) -> None:
-        self.buffers = list(network.buffers())
-        self.before = [b.clone() for b in self.buffers]
+        self.buffers = dict(network.named_buffers())
+        self.before = {name: buffer.clone() for name, buffer in self.buffers.items()}
 
     @torch.no_grad()
     def settle(self, skipped: Bool[Tensor, ""], size: int) -> None:
-        for buffer, before in zip(self.buffers, self.before, strict=True):
+        for name, buffer in self.buffers.items():
             if size > 1 and buffer.is_floating_point():
                 torch.distributed.all_reduce(buffer)
                 buffer /= size
-            buffer.copy_(torch.where(skipped | ~buffer.isfinite(), before, buffer))
+            buffer.copy_(torch.where(skipped | ~buffer.isfinite(), self.before[name], buffer))
 
 
 def optimizer_tensors(network: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

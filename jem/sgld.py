@@ -20,10 +20,11 @@ Differentiate = Callable[[EnergyFn, Tensor], tuple[Tensor, Tensor]]
 
 
 class Transition(NamedTuple):
-    """What a step of n chains saw. `energy` [n] and `grad_norm` [n] belong to the position it started from."""
+    """What a step of n chains saw. `energy` [n] and `grad_norm` [n] belong to `before`, where it started from."""
 
     energy: Tensor
     grad_norm: Tensor
+    before: Tensor  # [n, *d]
 
 
 def differentiate(energy_fn: EnergyFn, x: Float[Tensor, "n ..."]) -> tuple[Float[Tensor, " n"], Float[Tensor, "n ..."]]:
@@ -54,7 +55,7 @@ def sgld_step(
     JEM++, 2021, who set both to 1 and noise_scale to 0). `grad_norm` is of the gradient before.
     """
     energy, gradient = differentiate(energy_fn, x)
-    return _moved(x, gradient, config, generator), Transition(energy, gradient.flatten(1).norm(dim=1))
+    return _moved(x, gradient, config, generator), Transition(energy, gradient.flatten(1).norm(dim=1), x)
 
 
 def pyld_step(
@@ -74,7 +75,7 @@ def pyld_step(
         hidden = energy_fn.first(position)
         energy = energy_fn.rest(hidden)
         held, gradient = torch.autograd.grad(energy.sum(), [hidden, position])
-    transition = Transition(energy.detach(), gradient.flatten(1).norm(dim=1))
+    transition = Transition(energy.detach(), gradient.flatten(1).norm(dim=1), x)
     moved = _moved(x, gradient, config, generator)
     for _ in range(config.inner_steps - 1):
         with torch.enable_grad():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -17,6 +18,7 @@ from jem.config import JEMConfig
 from jem.data.batches import Batch
 from jem.energy import Logits, energy_fn, split_energy_fn
 from jem.errors import ConfigError, Problem
+from jem.kl import kl_energies, live_and_held
 from jem.models import ImageShape, initialize_act_norm, make_network
 from jem.objective import Counts, Loss, jem_loss
 from jem.optim import BufferGuard, averaged_copy, guarded_update, learning_rate, make_optimizer, update_average
@@ -24,7 +26,8 @@ from jem.pages import keep_freed_pages
 from jem.prior import Prior
 from jem.randomness import derive_seed, generator
 from jem.replay import ReplayBuffer
-from jem.sgld import Differentiate, Transition, adapted_length, differentiate, sgld_chain
+from jem.sam import sharpness_aware
+from jem.sgld import Differentiate, Transition, adapted_length, along, differentiate, sgld_chain
 from jem.world import World
 
 ALONE = World()
@@ -77,6 +80,7 @@ class Samples(NamedTuple):
     chain_contrast: Tensor
     data_contrast: Tensor
     lost_chains: Tensor
+    before: Tensor  # where the images stood before the chains' last step
 
 
 def start(
@@ -159,37 +163,12 @@ def train(
 def train_step(
     state: TrainState, batch: Batch, config: JEMConfig, world: World, wrapped: nn.Module | None = None
 ) -> StepInfo:
-    """Draw samples from the model, take one step down the loss; `state` moves on in place.
-
-    The chains go through the bare network: they are each rank's own and communicate nothing. Data,
-    samples and labelled images then go through the wrapped network in ONE forward pass, because
-    DistributedDataParallel reduces the gradients of one forward and one backward pass. It divides them
-    by the world size, hence the factor.
-    """
+    """Draw samples from the model, take one step down the loss; `state` moves on in place."""
     network = state.network
     samples = sample(state, config, batch.images, batch.n_global)
-    labelled = batch.images[:0] if batch.labelled_images is None else batch.labelled_images
     guard = BufferGuard(network)
-
-    network.train()
-    with autocast(config, batch.images.device):
-        logits = (wrapped or network)(torch.cat([batch.images, samples.images, labelled]))
-    if logits.dtype != torch.float64:
-        logits = logits.float()
-    parts = logits.split([len(batch.images), len(samples.images), len(labelled)])
-    logits_labelled, labels = parts[2], batch.labelled_labels
-    if batch.labelled_images is None:
-        logits_labelled, labels = parts[0], batch.labels
-    assert labels is not None
-    counts = Counts(
-        data=batch.n_global,
-        samples=batch.n_global if state.replay else 0,
-        labelled=batch.n_global if batch.labelled_images is None else batch.n_labelled_global,
-    )
-    loss = jem_loss(parts[0], parts[1], logits_labelled, labels, samples.labels, config.objective, counts)
-
-    state.optimizer.zero_grad()
-    torch.autograd.backward(loss.total * world.size)
+    backward = functools.partial(loss_and_gradient, network, guard.before, batch, samples, config, world, wrapped)
+    loss = sharpness_aware(backward, network, config.optimizer) if config.optimizer.sam_rho else backward()
     rate = learning_rate(config.optimizer, state.step)
     grad_norm, skipped = guarded_update(state.optimizer, config.optimizer, rate)
     guard.settle(skipped, world.size)
@@ -200,7 +179,7 @@ def train_step(
         state.chain_length = adapted_length(state.chain_length, gap, config.sgld)
     state.step += 1
     return StepInfo(
-        loss._replace(total=loss.total.detach()),
+        loss,
         samples.chain_grad_norm,
         samples.reinit_share,
         samples.chain_saturation,
@@ -214,14 +193,84 @@ def train_step(
     )
 
 
+def loss_and_gradient(
+    network: nn.Module,
+    buffers: dict[str, Tensor],
+    batch: Batch,
+    samples: Samples,
+    config: JEMConfig,
+    world: World,
+    wrapped: nn.Module | None = None,
+) -> Loss:
+    """The loss; its gradient, reduced over all ranks, is left in the weights. `buffers`: as the chains saw them.
+
+    The chains went through the bare network: they are each rank's own and communicate nothing. Data,
+    samples and labelled images go through the wrapped network in ONE forward pass, because
+    DistributedDataParallel reduces the gradients of one forward and one backward pass. It divides them
+    by the world size, hence the factor. The KL term goes through the bare network, too: all of a weight's
+    gradient has come together when DistributedDataParallel sees it.
+    """
+    energy_kl = None
+    if config.objective.kl_weight:
+        energy_kl = energies_of_last_step(network, buffers, samples, config, world, batch.n_global)
+    labelled = batch.images[:0] if batch.labelled_images is None else batch.labelled_images
+    network.train()
+    with autocast(config, batch.images.device):
+        logits = (wrapped or network)(torch.cat([batch.images, samples.images, labelled]))
+    if logits.dtype != torch.float64:
+        logits = logits.float()
+    of_data, of_samples, of_labelled = logits.split([len(batch.images), len(samples.images), len(labelled)])
+    given = batch.labelled_images is None  # labels go with the data, and nothing else has any
+    labels = batch.labels if given else batch.labelled_labels
+    assert labels is not None
+    objective, n = config.objective, batch.n_global
+    chains, of_kl = n if objective.samples_needed else 0, objective.kl_samples or n
+    loss = jem_loss(
+        of_data,
+        of_samples,
+        of_data if given else of_labelled,
+        labels,
+        samples.labels,
+        objective,
+        Counts(n, chains, batch.n_labelled_global, of_kl),
+        logits_joint=of_labelled if batch.labels is None else of_data,  # p(x, y) sees the images that p(x) does
+        energy_kl=energy_kl,
+    )
+    network.zero_grad()
+    torch.autograd.backward(loss.total * world.size)
+    return loss._replace(total=loss.total.detach())
+
+
+def energies_of_last_step(
+    network: nn.Module,
+    buffers: dict[str, Tensor],
+    samples: Samples,
+    config: JEMConfig,
+    world: World,
+    n_global: int,
+) -> Float[Tensor, " kl"]:
+    """`kl_energies` of this rank's share of `kl_samples` chains: the network is as it was while they moved."""
+    rows, wanted = world.share(n_global), config.objective.kl_samples or n_global
+    mine = slice(rows.stop * wanted // n_global - rows.start * wanted // n_global)
+    if mine.stop == 0:
+        return samples.images.new_zeros(0)
+    network.eval()
+    with autocast(config, samples.images.device):
+        energies = live_and_held(network, buffers, samples.labels[mine] if config.sgld.conditional else None)
+        return kl_energies(*energies, samples.before[mine], samples.images[mine], along(config.sgld, -1))
+
+
 def sample(state: TrainState, config: JEMConfig, like: Float[Tensor, "n c h w"], n_global: int) -> Samples:
     """Move as many of this rank's chains as `like` holds images, and put them back.
 
-    The network is in eval mode meanwhile: with batch norm, running statistics.
+    The network is in eval mode meanwhile, as in JEM's released code. With batch norm chains then follow the running
+    statistics, which are those of data, samples and labelled images together (one training pass sees them all, and
+    the ranks' are averaged) and which sampling leaves as they are: no chain depends on the others of its batch.
     """
     if state.replay is None:
         none = like.new_zeros(())
-        return Samples(like[:0], torch.zeros(0, dtype=torch.int64, device=like.device), *[none] * 6)
+        labels = torch.zeros(0, dtype=torch.int64, device=like.device)
+        return Samples(like[:0], labels, none, none, none, none, none, none, like[:0])
     drawn = state.replay.draw(len(like), state.generator)
     state.network.eval()
     with autocast(config, like.device):
@@ -233,7 +282,7 @@ def sample(state: TrainState, config: JEMConfig, like: Float[Tensor, "n c h w"],
         images, transition = sgld_chain(energy, drawn.x, config.sgld, state.generator, state.differentiate, steps)
     lost = state.replay.write(drawn.slots, images, state.generator)
     shares = *_shares(transition, drawn.restarted, n_global), *looks(images, like, config, n_global)
-    return Samples(images, drawn.labels, *shares, lost.to(like.dtype))
+    return Samples(images, drawn.labels, *shares, lost.to(like.dtype), transition.before)
 
 
 def _shares(transition: Transition, restarted: Tensor, n_global: int) -> tuple[Tensor, Tensor]:
@@ -250,14 +299,15 @@ def looks(
     """This rank's part of what chains look like beside data: saturation, and the contrast of each.
 
     Saturation: the share of the chains' pixels with |x| >= the clamp (or 2 where there is none), less the
-    share of the data's, which counts from two standard deviations of the data's noise below that: many data
+    share of the data's, which counts from two standard deviations of their noise below that: many data
     are black over most of an image, and a chain that has learnt so sits at the clamp rightly. In [-1, 1];
     about 0 or below while the chains are well.
 
     Contrast: the mean over images of the variance of an image's pixels. 0: each is of one grey.
     """
     at = config.sgld.clamp or WIDE
-    excess = (chains.abs() >= at).sum() - (data.abs() >= at - 2 * config.data.noise_std).sum()
+    noise = config.data.noise_std if config.data.augment_p_x else 0.0
+    excess = (chains.abs() >= at).sum() - (data.abs() >= at - 2 * noise).sum()
     saturation = excess.to(chains.dtype) / (n_global * chains.shape[1:].numel())
     contrasts = [x.flatten(1).var(dim=1, correction=0).sum() / n_global for x in (chains, data)]
     return saturation, contrasts[0], contrasts[1]

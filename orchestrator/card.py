@@ -285,7 +285,12 @@ def _limits(report: dict[str, Any] | None, facts: dict[str, Any]) -> Iterator[st
     if noise is not None:
         evaluated = report.get("settings", {}).get("noise_std", 0.0) if report else None
         ours = "" if evaluated is None else f"; the images evaluated had {f'{evaluated:g}' if evaluated else 'none'}"
-        lines.append(f"training images had Gaussian noise of standard deviation {noise:g} on the [-1, 1] scale{ours}")
+        whose = (
+            "training images"
+            if facts["config"].get("data.augment_p_x", True)
+            else "training images of cross-entropy, not of p(x),"
+        )
+        lines.append(f"{whose} had Gaussian noise of standard deviation {noise:g} on the [-1, 1] scale{ours}")
     if facts["kind"] == "classifier":
         lines.append("it was trained as a classifier: nothing made its log-density a density of images")
     yield "\n".join(f"- {line[0].upper()}{line[1:]}." for line in lines)

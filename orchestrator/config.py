@@ -46,7 +46,7 @@ longer chains, an L2 penalty on energies (Du & Mordatch, 2019), proximal steps (
 
 REMEDIES = (
     *("optimizer.learning_rate", "optimizer.clip_norm", "sgld.steps", "sgld.step_size", "sgld.noise_scale"),
-    *("sgld.clamp", "sgld.gradient_clamp", "objective.energy_l2"),
+    *("sgld.clamp", "sgld.gradient_clamp", "objective.energy_l2", "objective.kl_weight"),
     *("objective.p_y_given_x_weight", "objective.p_x_weight", "objective.p_x_y_weight"),
 )
 """Settings that a remedy may change in the middle of a run."""

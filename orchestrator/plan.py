@@ -57,7 +57,8 @@ def _network(config: RunConfig, spec: DataSpec) -> tuple[list[tuple[str, str]], 
     parameters = sum(p.numel() for p in network.parameters())
     width = torch.finfo(dtype_of(config)).bits // 8
     stored = {"float32": width, "float16": 2, "uint8": 1}[config.replay.dtype]
-    copies = 2 + (2 if config.optimizer.name == "adam" else 1) + (config.optimizer.ema_decay > 0)
+    optimizer = config.optimizer
+    copies = 2 + (2 if optimizer.name == "adam" else 1) + (optimizer.ema_decay > 0) + (optimizer.sam_rho > 0)
     samples = config.objective.samples_needed
     workers = config.min_workers  # the fewer they are, the more each of them holds
     share = -(-config.batch_size // workers)
@@ -73,7 +74,7 @@ def _network(config: RunConfig, spec: DataSpec) -> tuple[list[tuple[str, str]], 
         "times_a_classifier": passes(config) / passes_of_classifier(config),
         "weights_bytes": float(parameters * width * copies),
         "replay_bytes_per_worker": float(chains * pixels * stored),
-        "activations_bytes_per_worker": float(activations * width * share * (1 + samples)),
+        "activations_bytes_per_worker": float(activations * width * share * held_passes(config)),
         "data_bytes_per_worker": float(sum(held.values())),
     }
     mib = {key: f"{value / 2**20:,.1f} MiB" for key, value in metrics.items() if "bytes" in key}
@@ -96,20 +97,40 @@ def _network(config: RunConfig, spec: DataSpec) -> tuple[list[tuple[str, str]], 
 def passes(config: RunConfig) -> float:
     """The cost of a step in forward passes of the batch: 2 an SGLD step, 3 a training pass.
 
+    Training passes are of the data, of the samples, and of labelled images apart. The KL term costs 8 for each of its
+    chains: E_theta and its gradient at x are 2, E_sg(theta) and its gradient at x' are 2, and the derivative of the
+    first two in weights and activations is twice what they are, 4. SAM makes twice of all this, the chains apart.
     PYLD's inner steps, through the first layer alone, are not counted, nor what chains that adapt add to sgld.steps.
     """
-    labelled = 0.0
-    if config.data.labels_per_class is not None:
-        labelled = (config.data.labelled_batch_size or config.batch_size) / config.batch_size
-    samples = 2 * config.sgld.steps + 3 if config.objective.samples_needed else 0
-    return 3 + 3 * labelled + samples
+    samples = config.objective.samples_needed
+    training = 3 * (1 + samples + labelled_apart(config)) + 8 * kl_share(config)
+    return 2 * config.sgld.steps * samples + (2 if config.optimizer.sam_rho else 1) * training
+
+
+def held_passes(config: RunConfig) -> float:
+    """Batches whose activations are held at once; of the KL term's chains those at x, their gradients, those at x'."""
+    return 1 + config.objective.samples_needed + labelled_apart(config) + 3 * kl_share(config)
+
+
+def labelled_apart(config: RunConfig) -> float:
+    """Images of a step that go through the network for cross-entropy alone, in batches."""
+    if config.data.labels_per_class is None:
+        return 0.0 if config.data.augment_p_x else 1.0
+    return (config.data.labelled_batch_size or config.batch_size) / config.batch_size
+
+
+def kl_share(config: RunConfig) -> float:
+    """Chains that the KL term differentiates, in batches."""
+    if not config.objective.kl_weight:
+        return 0.0
+    return (config.objective.kl_samples or config.batch_size) / config.batch_size
 
 
 def passes_of_classifier(config: RunConfig) -> float:
     """The same for a classifier on the images that have labels."""
     if config.data.labels_per_class is None:
         return 3.0
-    return 3 * (config.data.labelled_batch_size or config.batch_size) / config.batch_size
+    return 3 * labelled_apart(config)
 
 
 def forward_cost(network: nn.Module, image_shape: tuple[int, int, int]) -> tuple[int, int]:

@@ -200,7 +200,7 @@ class Training:
         """
         sums = checkpoint.restore(manifest, self.state, self.world, self.config.seed)
         state, info, made = self.state, manifest.info, self.recovery.count
-        self.meter.sums.copy_(sums["meter"])
+        self.meter.load(sums["meter"])
         self.health = Health(self.data.n_classes, self.config.objective.samples_needed)
         self.health.load(info["health"])
         self.metrics = dict(info["metrics"])

@@ -14,7 +14,10 @@ settings.load_profile("any machine")
 # tests/ comes first on the path, and tests/jem would be taken for the package; so the root goes before it.
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-TENSOR_MODULES = ("energy", "sgld", "replay", "objective", "models", "optim", "train", "meter", "world", "evaluate")
+TENSOR_MODULES = (
+    *("energy", "sgld", "replay", "objective", "kl", "models", "optim"),
+    *("sam", "train", "meter", "world", "evaluate"),
+)
 # Before any of them is imported. From here on a tensor of the wrong shape raises.
 install_import_hook([f"jem.{name}" for name in TENSOR_MODULES], "beartype.beartype")
 

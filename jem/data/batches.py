@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int64
@@ -31,6 +31,9 @@ class Batch:
 
     All labelled: `labels` go with `images`, `labelled_*` are None. Semi-supervised: `labels` is None and
     `labelled_*` are this rank's part (maybe empty) of a second batch, drawn from the labelled images.
+
+    `data.augment_p_x=false` (SADA): `images` are as they are stored. All labelled: `labels` go with them, and
+    `labelled_*` are the same rows again, augmented. Semi-supervised: the second batch is augmented as ever.
     """
 
     images: Float[Tensor, "n c h w"]
@@ -129,6 +132,7 @@ class BatchSource:
         check_padding(config, split.images.shape[2:])
         device = torch.device(device)
         self._config, self._share, self._dtype = config, share, dtype
+        self._config_of_p_x = config if config.augment_p_x else unaugmented(config)
         self._labelled: Stream | None = None
         if isinstance(split, Streamed):
             self._stream = Stream("train", FromDisk(Windows(split, "train", seed), device), device, batch_size, seed)
@@ -143,12 +147,19 @@ class BatchSource:
 
     def at(self, step: int) -> Batch:
         """The rank's part of the batch of `step`, counted from 0."""
-        images, labels = self._stream.draw(step, self._config, self._share, self._dtype)
+        images, labels = self._stream.draw(step, self._config_of_p_x, self._share, self._dtype)
         n = self._stream.batch_size
-        if self._labelled is None:
+        if self._labelled is None and self._config.augment_p_x:
             return Batch(images, labels, None, None, n, n)
-        labelled_images, labelled_labels = self._labelled.draw(step, self._config, self._share, self._dtype)
-        return Batch(images, None, labelled_images, labelled_labels, n, self._labelled.batch_size)
+        stream = self._labelled or self._stream
+        labelled_images, labelled_labels = stream.draw(step, self._config, self._share, self._dtype)
+        given = labels if self._labelled is None else None
+        return Batch(images, given, labelled_images, labelled_labels, n, stream.batch_size)
+
+
+def unaugmented(config: DataConfig) -> DataConfig:
+    """The same images, as they are stored: for the p(x) terms of SADA (Yang et al., 2023)."""
+    return replace(config, noise_std=0.0, crop_padding=0, flip=False, augment_p_x=True)
 
 
 def sent(tensor: Tensor, device: torch.device) -> Tensor:

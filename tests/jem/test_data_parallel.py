@@ -6,7 +6,7 @@ import pytest
 import torch
 from spawn import run_ranks
 from torch.nn.parallel import DistributedDataParallel
-from toys import labelled_batch, small
+from toys import labelled_batch, small, tensors_of
 
 from jem.data.batches import Batch
 from jem.prior import Prior
@@ -50,13 +50,31 @@ CASES = {
         "sgld__final_step_size": 0.5,
     },
     "SGD, clipped": {"n": 7, **EXACT, "optimizer__name": "sgd", "optimizer__clip_norm": 0.1},
+    "p(x) and p(x, y) not augmented": {
+        "n": 7,
+        **EXACT,
+        "data__augment_p_x": False,
+        "objective__p_x_y_weight": 0.5,
+        "sgld__conditional": True,
+    },
+    "KL": {"n": 7, **EXACT, "objective__kl_weight": 0.3},
+    "KL, an image a rank, class-conditional, convolutions, SAM": {
+        "n": 4,
+        **EXACT,
+        **{"model__name": "small_conv", "model__channels": [3, 5], "model__activation": "silu"},
+        **{"objective__kl_weight": 0.3, "sgld__conditional": True, "optimizer__sam_rho": 0.3},
+    },
+    "SAM": {"n": 7, **EXACT, "optimizer__sam_rho": 0.3},
+    "ASAM, 2 labelled": {"n": 7, "labelled": 2, **EXACT, "optimizer__sam_rho": 0.3, "optimizer__sam_adaptive": True},
 }
+FEW = {"n": 7, **EXACT, "objective__kl_weight": 0.3, "objective__kl_samples": 2}  # of 3 or 4 ranks some have none
 BATCH_NORM = {"model__name": "small_conv", "model__channels": [3, 5], "model__norm": "batch"}
 GUARDS = {
     "adam, first update": {"poison": math.nan, "poison_at": 0},
     "adam, later": {"poison": math.inf, "poison_at": 2},
     "sgd, first update": {"poison": math.nan, "poison_at": 0, "optimizer__name": "sgd"},
     "sgd, later": {"poison": math.nan, "poison_at": 2, "optimizer__name": "sgd"},
+    "SAM": {"poison": math.nan, "poison_at": 2, "optimizer__sam_rho": 0.3},
 }
 FIGURES = (
     *("chain_grad_norm", "reinit_share", "lost_chains", "grad_norm"),
@@ -64,10 +82,12 @@ FIGURES = (
 )
 
 
-def whole_batch(n, labelled, dtype, step=0):
+def whole_batch(n, labelled, dtype, step=0, augment_p_x=True):
     random = torch.Generator().manual_seed(step)
     images = torch.randn(n, *SHAPE, generator=random, dtype=torch.float64).to(dtype)
     labels = torch.randint(CLASSES, (n,), generator=random)
+    if not augment_p_x:
+        return Batch(images, labels, images + 0.1, labels, n, n)
     if labelled is None:
         return labelled_batch(images, labels)
     return Batch(images, None, images[:labelled] + 0.1, labels[:labelled], n, labelled)
@@ -95,23 +115,13 @@ def begin(n, world, **settings):
     return config, state, wrapped
 
 
-def tensors_of(state):
-    """All that a step moves and every rank holds alike."""
-    found = {f"network {key}": value for key, value in state.network.state_dict().items()}
-    if state.average is not None:
-        found |= {f"average {key}": value for key, value in state.average.state_dict().items()}
-    for name, parameter in state.network.named_parameters():
-        found |= {f"{key} {name}": v for key, v in state.optimizer.state.get(parameter, {}).items()}
-    return {key: value.clone() for key, value in found.items() if isinstance(value, torch.Tensor)}
-
-
 def several_steps(world, n, labelled=None, **settings):
     """For each step: gradients, what every rank must hold alike, chains, figures."""
     config, state, wrapped = begin(n, world, **settings)
     seen = []
     for step in range(STEPS):
         dtype = torch.float64 if config.precision == "float64" else torch.float32
-        batch = part(whole_batch(n, labelled, dtype, step), world)
+        batch = part(whole_batch(n, labelled, dtype, step, config.data.augment_p_x), world)
         info = train_step(state, batch, config, world, wrapped)
         gradients = [p.grad.clone() for p in state.network.parameters()]
         chains = None if state.replay is None else state.replay.chains.clone()
@@ -160,6 +170,10 @@ def on_rank(world):
     return {
         "cases": {name: several_steps(world, **case) for name, case in CASES.items()},
         "batch norm": several_steps(world, 8, **EXACT, **BATCH_NORM),
+        "batch norm, SAM, KL": several_steps(
+            world, 8, **EXACT, **BATCH_NORM, optimizer__sam_rho=0.3, objective__kl_weight=0.3
+        ),
+        "KL of 2 chains": several_steps(world, **FEW),
         "guards": {key: poisoned_steps(world, **case, **BATCH_NORM) for key, case in GUARDS.items()},
         "collectives": rank_alone_samples(world),
         "act norm": act_norm(world),
@@ -193,10 +207,10 @@ def test_gradients_weights_and_chains_are_those_of_one_process_on_the_whole_batc
             torch.testing.assert_close(summed, figure, atol=1e-7, rtol=0, msg=name)
 
 
-@pytest.mark.parametrize("case", [*CASES, "batch norm"])
+@pytest.mark.parametrize("case", [*CASES, "batch norm", "batch norm, SAM, KL", "KL of 2 chains"])
 @pytest.mark.parametrize("size", SIZES)
 def test_weights_moments_averages_and_buffers_are_bit_equal_on_all_ranks_after_every_step(ranks, size, case):
-    runs = [rank["batch norm"] if case == "batch norm" else rank["cases"][case] for rank in ranks[size]]
+    runs = [rank["cases"][case] if case in CASES else rank[case] for rank in ranks[size]]
     for step in range(STEPS):
         first = runs[0][step]["state"]
         for other in runs[1:]:

@@ -13,7 +13,7 @@ HERE = torch.device("cpu")
 
 
 def info(loss=0.0, grad_norm=0.0, lost=0.0, skipped=False, **fields):
-    values = {"cross_entropy": 0.0, "energy_data": 0.0, "energy_samples": 0.0, "accuracy": 0.0} | fields
+    values = {"cross_entropy": 0.0, "energy_data": 0.0, "energy_samples": 0.0, "accuracy": 0.0, "kl": 0.0} | fields
     parts = Loss(torch.tensor(loss), **{k: torch.tensor(v) for k, v in values.items() if k in Loss._fields})
     others = [torch.tensor(fields.get(k, 0.0)) for k in OF_CHAINS]
     return StepInfo(parts, *others, torch.tensor(lost), torch.tensor(grad_norm), torch.tensor(skipped), 1, 0.1)
@@ -92,3 +92,13 @@ def test_figures_are_tracked_by_name_with_the_energy_gap_and_no_samples_for_a_cl
     of_samples = {"energy_samples", "energy_gap", "lost_chains", *OF_CHAINS}
     assert {"chain_grad_norm", "reinit_share", "chain_saturation", "chain_contrast"} <= set(OF_CHAINS)
     assert set(metrics) - set(classifier) == {f"train/{name}" for name in of_samples}
+    assert set(named(figures, ObjectiveConfig(kl_weight=0.3), 0.3)) - set(metrics) == {"train/kl"}
+
+
+def test_sums_of_a_checkpoint_whose_version_had_other_fields_begin_anew():
+    meter, again = Meter(HERE), Meter(HERE)
+    meter.add(info(1.0), World())
+    again.load(meter.sums)
+    assert torch.equal(again.sums, meter.sums)
+    again.load(meter.sums[:, :-1])
+    assert torch.equal(again.sums, meter.sums), "what cannot be taken over is left"

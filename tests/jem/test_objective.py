@@ -80,7 +80,7 @@ def test_loss_is_the_weighted_sum_worked_out_by_hand():
     joint_gap = -(math.log(3) + math.log(1)) / 2 - 0
     squares = (math.log(4) ** 2 + math.log(6) ** 2) / 2 + math.log(2) ** 2
     total = 0.7 * cross_entropy + 1.3 * (energy_data - energy_samples) + 0.4 * joint_gap + 0.2 * squares
-    assert [t.item() for t in loss] == pytest.approx([total, cross_entropy, energy_data, energy_samples, 0.5])
+    assert [t.item() for t in loss] == pytest.approx([total, cross_entropy, energy_data, energy_samples, 0.5, 0])
 
 
 def test_defaults_are_the_papers_weights(problem):
@@ -104,6 +104,20 @@ def test_a_rank_without_labelled_rows_contributes_a_loss_that_can_be_differentia
     (gradient,) = torch.autograd.grad(loss.total, problem[-1])
     assert loss.total == 0
     assert gradient.abs().max() == 0
+
+
+def test_the_kl_term_is_a_mean_over_its_chains_wherever_they_are(problem):
+    data, samples, labelled, labels, sample_labels, w = problem
+    logits, config = [features @ w.T for features in (data, samples, labelled)], ObjectiveConfig(kl_weight=0.3)
+    without = loss_of(problem, {})
+    energies, counts = torch.tensor([1.0, 2.0, 6.0], dtype=torch.float64), Counts(DATA, SAMPLES, LABELLED, 3)
+    whole = jem_loss(*logits, labels, sample_labels, config, counts, energy_kl=energies)
+    torch.testing.assert_close(whole.total, without.total + 0.3 * 3)
+    assert whole.kl == 3
+    parts = [jem_loss(*logits, labels, sample_labels, config, counts, energy_kl=e) for e in energies.split([2, 1])]
+    torch.testing.assert_close(parts[0].kl + parts[1].kl, whole.kl)
+    none = jem_loss(*logits, labels, sample_labels, config, counts, energy_kl=energies[:0])
+    torch.testing.assert_close(none.total, without.total)
 
 
 def test_semi_supervised_cross_entropy_is_a_mean_over_the_labelled_and_the_gap_over_all(problem):

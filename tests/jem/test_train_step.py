@@ -1,3 +1,4 @@
+import copy
 import math
 
 import pytest
@@ -52,6 +53,26 @@ def test_labelled_images_join_the_same_forward_pass():
     whole = batch()
     train_step(state, Batch(whole.images, None, whole.images[:2], whole.labels[:2], 6, 2), config, World())
     assert state.network.calls[-1][:2] == (True, 6 + 6 + 2)
+
+
+def test_images_of_p_x_and_the_same_rows_augmented_join_one_forward_pass_and_each_has_its_terms():
+    """Cross-entropy and accuracy are those of the augmented images; energies, joint ones too, of the others."""
+    config, state = begin(objective__p_x_y_weight=0.5, sgld__conditional=True, data__augment_p_x=False)
+    plain, augmented = batch(seed=1), batch(seed=2)
+    both = Batch(plain.images, plain.labels, augmented.images, plain.labels, 6, 6)
+    twin = copy.deepcopy(state.network)
+    info = train_step(state, both, config, World())
+    assert state.network.calls[-1][:2] == (True, 6 + 6 + 6)
+    chains = sample(begin(sgld__conditional=True)[1], config, plain.images, 6)
+    with torch.no_grad():
+        seen = [twin(images) for images in (plain.images, chains.images, augmented.images)]
+    torch.testing.assert_close(info.loss.cross_entropy, nn.functional.cross_entropy(seen[2], plain.labels))
+    assert info.loss.accuracy == (seen[2].argmax(dim=1) == plain.labels).float().mean()
+    energies = [-logits.logsumexp(dim=1).mean() for logits in seen[:2]]
+    torch.testing.assert_close([info.loss.energy_data, info.loss.energy_samples], energies)
+    joint = [-f[range(6), y].mean() for f, y in zip(seen, (plain.labels, chains.labels), strict=False)]
+    total = info.loss.cross_entropy + energies[0] - energies[1] + 0.5 * (joint[0] - joint[1])
+    torch.testing.assert_close(info.loss.total, total)
 
 
 def test_a_classifier_runs_no_chains_and_costs_one_forward_pass_of_the_batch():
@@ -212,6 +233,10 @@ def test_chains_at_the_clamp_are_not_saturated_where_as_much_of_the_data_is():
     assert abs(looked(black, data, sgld__clamp=1.0)[0] - 0.5 * 0.0228) < 0.005
     assert abs(looked(black.sign().abs() * 2 - 1, data, sgld__clamp=1.0)[0] - 0.51) < 0.005
     assert looked(black, data)[0] == 0  # without a clamp
+    assert looked(black, black, sgld__clamp=1.0, data__augment_p_x=False)[0] == 0  # data without noise
+    grey = torch.full_like(black, -0.9)
+    assert looked(grey, grey, sgld__clamp=1.0, data__augment_p_x=False)[0] == 0
+    assert looked(grey, grey, sgld__clamp=1.0)[0] == -1
 
 
 def test_contrast_is_the_variance_within_an_image_not_between_images():
@@ -235,6 +260,41 @@ def test_a_step_looks_at_its_chains_after_they_moved():
     seen = (info.chain_saturation, info.chain_contrast, info.data_contrast)
     torch.testing.assert_close(seen, looks(state.replay.chains, images, config, 6))
     assert info.chain_contrast > 4 * looks(before, images, config, 6)[1]
+
+
+BATCH_NORM = {"model__name": "small_conv", "model__channels": [3, 5], "model__norm": "batch"}
+
+
+def test_with_batch_norm_sampling_leaves_running_statistics_and_no_chain_depends_on_the_others():
+    config, state = begin(**BATCH_NORM, replay__capacity=6, replay__reinit_prob=0.0, sgld__noise_scale=0.0)
+    for step in range(3):
+        train_step(state, batch(seed=step), config, World())
+    buffers, chains = copy.deepcopy(dict(state.network.named_buffers())), state.replay.chains.clone()
+    assert (buffers["1.running_var"] != 1).all()
+    moved = []
+    for others in (chains[1:], 3 * chains[1:].flip(0)):
+        state.replay.chains = torch.cat([chains[:1], others])
+        sample(state, config, batch().images, 6)
+        moved.append(state.replay.chains.clone())
+        for name, buffer in state.network.named_buffers():
+            assert torch.equal(buffer, buffers[name]), name
+    torch.testing.assert_close(moved[0][0], moved[1][0], atol=1e-6, rtol=0)
+    assert not torch.equal(moved[0][0], chains[0])
+
+
+@pytest.mark.parametrize("labelled", [0, 2])
+def test_with_batch_norm_running_statistics_are_of_data_samples_and_labelled_images_together(labelled):
+    config, state = begin(**BATCH_NORM)
+    twin, whole = copy.deepcopy(state.network), batch()
+    data = whole
+    if labelled:
+        data = Batch(whole.images, None, 2 * whole.images[:labelled], whole.labels[:labelled], 6, labelled)
+    samples = sample(begin(**BATCH_NORM)[1], config, whole.images, 6)
+    train_step(state, data, config, World())
+    seen = twin[0](torch.cat([whole.images, samples.images, 2 * whole.images[:labelled]]))
+    variance, mean = torch.var_mean(seen, dim=(0, 2, 3))
+    torch.testing.assert_close(state.network[1].running_mean, 0.1 * mean)
+    torch.testing.assert_close(state.network[1].running_var, 0.9 + 0.1 * variance)
 
 
 def test_the_average_starts_at_the_weights_that_act_norm_left():

@@ -48,3 +48,13 @@ def small(**changes):
 def labelled_batch(images, labels, share=slice(None)):
     n = len(images)
     return Batch(images[share], labels[share], None, None, n, n)
+
+
+def tensors_of(state):
+    """All that a step moves and every rank holds alike."""
+    found = {f"network {key}": value for key, value in state.network.state_dict().items()}
+    if state.average is not None:
+        found |= {f"average {key}": value for key, value in state.average.state_dict().items()}
+    for name, parameter in state.network.named_parameters():
+        found |= {f"{key} {name}": v for key, v in state.optimizer.state.get(parameter, {}).items()}
+    return {key: value.clone() for key, value in found.items() if isinstance(value, torch.Tensor)}

@@ -122,6 +122,13 @@ def test_it_names_each_limit(card):
         assert f"of {name}, which is not of the data" in limits
 
 
+def test_noise_that_p_x_does_not_see_is_said_to_be_cross_entropys():
+    report = made_report()
+    report["model"]["config"] |= {"data.augment_p_x": False}
+    limits = section(model_card(report, made_card(report), {}), "Limits")
+    assert "Training images of cross-entropy, not of p(x), had Gaussian noise of standard deviation 0.1" in limits
+
+
 def test_it_names_each_hash_and_version(card):
     report, hashes = made_report(), section(card, "Hashes and versions")
     for text in (report["model"]["digest"], report["data"]["digest"], *report["facts"].values()):

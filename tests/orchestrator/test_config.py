@@ -41,6 +41,7 @@ OTHER = {
     "data.stream": "true",
     "data.crop_padding": "1",
     "data.flip": "true",
+    "data.augment_p_x": "false",
     "data.labels_per_class": "7",
     "data.labelled_batch_size": "7",
     "data.options": "{a: 1}",
@@ -54,6 +55,8 @@ OTHER = {
     "optimizer.decay_rate": "0.5",
     "optimizer.clip_norm": "1",
     "optimizer.ema_decay": "0.99",
+    "optimizer.sam_rho": "0.05",
+    "optimizer.sam_adaptive": "true",
     "sgld.steps": "7",
     "sgld.step_size": "2",
     "sgld.noise_scale": "0.02",
@@ -75,6 +78,8 @@ OTHER = {
     "objective.p_x_weight": "2",
     "objective.p_x_y_weight": "1",
     "objective.energy_l2": "0.5",
+    "objective.kl_weight": "0.3",
+    "objective.kl_samples": "7",
     "workers": "3",
     "steps": "77",
     "seeds": "3",
@@ -128,8 +133,10 @@ NEEDS = {
     "model.options": ("model.name=mine:net",),
     "data.options": ("data.name=mine:data",),
     "objective.p_x_y_weight": ("sgld.conditional=true",),
+    "objective.kl_samples": ("objective.kl_weight=0.3",),
     "data.labelled_batch_size": ("data.labels_per_class=9",),
     "evaluate.ema": ("optimizer.ema_decay=0.9",),
+    "optimizer.sam_adaptive": ("optimizer.sam_rho=0.5",),
 }
 ALL_SETTINGS = [key for key in flatten(load_run_config("digits", [])) if key != "name"]
 
@@ -315,6 +322,16 @@ def test_values_that_do_not_go_together_are_found_in_all_groups_at_once():
         ("data.name=cifar11", "did you mean 'cifar10'?"),
         ("data.name=imagefolder", "data.root: is required for data.name=imagefolder"),
         ("data.labelled_batch_size=3", "has no effect without data.labels_per_class"),
+        ("data.augment_p_x=false data.noise_std=0", "no training image has noise, is cropped or mirrored; set data.n"),
+        ("data.augment_p_x=false objective.p_x_weight=0", "nothing but cross-entropy is trained; set objective.p_x_w"),
+        (
+            "data.augment_p_x=false objective.p_x_y_weight=1 sgld.conditional=true data.labels_per_class=7",
+            "data.augment_p_x: is false, must be true with objective.p_x_y_weight and data.labels_per_class",
+        ),
+        ("objective.kl_samples=7", "has no effect without objective.kl_weight; set that, to 0.3 say"),
+        ("objective.kl_weight=1 objective.kl_samples=65", "is 65, must be at most batch_size (64): a step's chains"),
+        ("objective.kl_weight=1 objective.p_x_weight=0", "is positive, but no chains are run; set objective.p_x_w"),
+        ("optimizer.sam_adaptive=true", "has no effect without optimizer.sam_rho; set that, to 0.5 say"),
         ("objective.p_x_y_weight=1", "sgld.conditional: is false, must be true"),
         ("evaluate.ema=true", "no weights are averaged; set optimizer.ema_decay"),
         ("evaluate.model_name=a/b", "is 'a/b', must be letters, digits, dots, dashes and underscores"),
@@ -331,7 +348,7 @@ def test_values_that_do_not_go_together_are_found_in_all_groups_at_once():
     ],
 )
 def test_a_mistake_is_named_with_value_bound_and_remedy(setting, said):
-    found = problems("digits", setting)
+    found = problems("digits", *setting.split(" "))
     assert len(found) == 1
     assert said in found[0]
 

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
+from jem.data.batches import Batch
+from jem.settings import override
+from jem.train import start, train_step
+from jem.world import World
 from orchestrator.config import load_run_config
 from orchestrator.plan import forward_cost, passes, plan
 
@@ -44,10 +51,42 @@ def test_the_figures_of_a_small_network_are_those_by_hand(capsys):
         (("sgld.steps=5",), 16),
         (("objective.p_x_weight=0",), 3),
         (("sgld.steps=5", "data.labels_per_class=4", "data.labelled_batch_size=32"), 17.5),
+        (("data.augment_p_x=false",), 49),  # the data as they are, and augmented
+        (("data.augment_p_x=false", "data.labels_per_class=4000"), 49),  # labelled images are apart as it is
+        (("objective.kl_weight=0.3",), 54),  # each chain's last step differentiated: 8
+        (("objective.kl_weight=0.3", "objective.kl_samples=16"), 48),
+        (("objective.kl_weight=0.3", "optimizer.sam_rho=0.5"), 68),
+        (("optimizer.sam_rho=0.5",), 52),  # 20 x 2F + 2 x 6F
+        (("objective.p_x_weight=0", "optimizer.sam_rho=0.5"), 6),
+        (("sgld.steps=5", "data.augment_p_x=false", "optimizer.sam_rho=0.5"), 28),  # SADA
     ],
 )
 def test_a_steps_cost_in_forward_passes_is_the_papers_arithmetic(settings, cost):
     assert passes(config(*settings, recipe="cifar10_paper")) == cost
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"data.augment_p_x": False, "data.noise_std": 0.1},
+        {"optimizer.sam_rho": 0.5},
+        {"objective.kl_weight": 0.3},
+        {"objective.kl_weight": 0.3, "objective.kl_samples": 4, "optimizer.sam_rho": 0.5},
+    ],
+    ids=str,
+)
+def test_a_steps_cost_is_what_torch_counts(settings):
+    """Within 5 %: an image needs no gradient while training, which the first layer saves."""
+    net = {"model.name": "small_conv", "model.channels": (32,) * 6, "batch_size": 8, "replay.capacity": 8}
+    run = override(config("sgld.steps=2"), net | settings)
+    state = start(run, (1, 8, 8), 10)
+    images, labels = torch.zeros(8, 1, 8, 8), torch.zeros(8, dtype=torch.int64)
+    apart = (None, None) if run.data.augment_p_x else (images, labels)
+    forward, _ = forward_cost(copy.deepcopy(state.network).to("meta"), (1, 8, 8))
+    with FlopCounterMode(display=False) as counter:
+        train_step(state, Batch(images, labels, *apart, 8, 8), run, World())
+    assert counter.get_total_flops() == pytest.approx(passes(run) * forward * 8, rel=0.05)
 
 
 def test_the_papers_network_costs_what_is_known_of_it():
@@ -63,6 +102,18 @@ def test_the_papers_network_costs_what_is_known_of_it():
 def test_chains_take_the_bytes_of_their_storage(dtype, width):
     result = plan(config(*NET, "workers=3", f"replay.dtype={dtype}", "sgld.clamp=1"))
     assert result.metrics["replay_bytes_per_worker"] == 34 * 64 * width
+
+
+def test_sam_keeps_the_weights_it_goes_up_from():
+    plain, sam = (plan(config(*NET, f"optimizer.sam_rho={rho}")).metrics for rho in (0, 0.5))
+    assert sam["weights_bytes"] - plain["weights_bytes"] == 4 * plain["parameters"]
+
+
+def test_images_apart_and_chains_of_the_kl_term_are_held_too():
+    more = ((), ("data.augment_p_x=false",), ("data.labels_per_class=4", "data.labelled_batch_size=4"))
+    more += (("objective.kl_weight=0.3", "objective.kl_samples=4"),)
+    plain, *held = (plan(config(*NET, *settings)).metrics["activations_bytes_per_worker"] for settings in more)
+    assert [figure / plain for figure in held] == [3 / 2, 2.25 / 2, 2.75 / 2]
 
 
 def test_a_classifier_keeps_no_chains(capsys):

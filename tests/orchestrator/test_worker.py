@@ -50,6 +50,8 @@ KINDS = {
         *("sgld.max_steps=9", "sgld.final_noise_scale=0"),
     ),
     "a network of one's own with dropout": ("model.options.drop=0.5",),
+    "SAM": ("optimizer.sam_rho=0.1", "model.options.drop=0.5", "model.norm=batch"),
+    "KL term, p(x) not augmented": ("objective.kl_weight=0.3", "objective.kl_samples=3", "data.augment_p_x=false"),
 }
 
 
@@ -78,12 +80,12 @@ def test_checkpoints_are_written_on_time_and_the_newest_stay(tmp_path):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_killed_run_ends_bit_for_bit_as_one_that_was_not(tmp_path, kind):
-    """Killed before the first checkpoint, between two, right after one, and in the last step."""
-    settings = (HOOKED, *KINDS[kind])
+    """Killed before the first checkpoint, between two, right after one, in the last step; SAM in a second pass."""
+    settings, each = (HOOKED, *KINDS[kind]), 2 if kind == "SAM" else 1
     whole = fit(tmp_path / "whole", *settings)
     for attempt, passes in enumerate((3, 6, 5, 4), start=1):  # in each attempt
         with pytest.raises(Death):
-            fit(tmp_path / "killed", *settings, hooks={passes: die}, attempt=attempt)
+            fit(tmp_path / "killed", *settings, hooks={each * passes: die}, attempt=attempt)
     pieces = fit(tmp_path / "killed", *settings, attempt=5)
     assert [event["step"] for event in log_of(tmp_path / "killed", "attempt")] == [0, 0, 4, 8, 8]
     assert state_of(tmp_path / "killed") == state_of(tmp_path / "whole")

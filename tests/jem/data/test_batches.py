@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import image_fakes as fakes
 import pytest
 import torch
@@ -5,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jem.config import DataConfig
+from jem.data.augment import to_float
 from jem.data.batches import BatchSource, labelled_rows, positions
 from jem.data.splits import Split
 from jem.errors import ConfigError
@@ -13,6 +16,8 @@ from jem.world import World
 PLAIN = DataConfig(name="digits", noise_std=0.0, crop_padding=0, flip=False)
 FULL = DataConfig(name="digits", noise_std=0.1, crop_padding=2, flip=True)
 SEMI = DataConfig(name="digits", noise_std=0.1, crop_padding=2, labels_per_class=3, labelled_batch_size=5)
+CASES = {"plain": PLAIN, "augmented": FULL, "semi-supervised": SEMI}
+CASES |= {f"{name}, p(x) not": replace(config, augment_p_x=False) for name, config in CASES.items() if config != PLAIN}
 
 
 def numbers(images):
@@ -27,7 +32,7 @@ def same(a, b):
 
 @settings(deadline=None, max_examples=60)
 @given(st.data())
-@pytest.mark.parametrize("config", [PLAIN, FULL, SEMI], ids=["plain", "augmented", "semi-supervised"])
+@pytest.mark.parametrize("config", CASES.values(), ids=CASES)
 def test_all_ranks_parts_together_are_the_batch_of_one_process_bit_for_bit(config, data):
     n, batch_size = data.draw(st.integers(6, 40)), data.draw(st.integers(1, 20))
     size, step = data.draw(st.integers(1, batch_size)), data.draw(st.integers(0, 12))
@@ -63,11 +68,12 @@ def test_epochs_seeds_and_streams_have_orders_of_their_own():
 
 def test_a_batch_does_not_depend_on_what_was_asked_before():
     split = fakes.numbered(30)
-    used = BatchSource(split, FULL, 8, 7)
-    for step in (9, 2, 9, 0):
-        used.at(step)
-    torch.rand(5)
-    assert same(used.at(4), BatchSource(split, FULL, 8, 7).at(4))
+    for config in CASES.values():
+        used = BatchSource(split, config, 8, 7)
+        for step in (9, 2, 9, 0):
+            used.at(step)
+        torch.rand(5)
+        assert same(used.at(4), BatchSource(split, config, 8, 7).at(4))
 
 
 def test_labels_stay_with_their_images():
@@ -84,6 +90,33 @@ def test_without_augmentation_a_batch_is_the_scaled_images():
     batch = BatchSource(split, PLAIN, len(split), 0).at(0)
     order = positions(len(split), 0, "train", 0, len(split))
     assert torch.equal(batch.images, split.images[order].float() / 127.5 - 1)
+
+
+def test_images_of_p_x_are_as_they_are_stored_and_those_of_cross_entropy_the_same_rows_as_they_were():
+    """SADA: what cross-entropy sees does not change by it, and has the labels of what p(x) sees."""
+    split = fakes.dataset(50, (1, 6, 6)).train
+    for step in range(4):
+        augmented = BatchSource(split, FULL, 16, 3).at(step)
+        batch = BatchSource(split, replace(FULL, augment_p_x=False), 16, 3).at(step)
+        rows = positions(50, 3, "train", step, 16)
+        assert torch.equal(batch.images, to_float(split.images[rows]))
+        assert torch.equal(batch.labelled_images, augmented.images)
+        assert not torch.equal(batch.images, augmented.images)
+        for labels in (batch.labels, batch.labelled_labels):
+            assert torch.equal(labels, split.labels[rows])
+        assert (batch.n_global, batch.n_labelled_global) == (16, 16)
+
+
+def test_semi_supervised_images_of_p_x_are_as_they_are_stored_and_labelled_ones_as_they_were():
+    split = fakes.dataset(50, (1, 6, 6)).train
+    for step in range(4):
+        augmented = BatchSource(split, SEMI, 16, 3).at(step)
+        batch = BatchSource(split, replace(SEMI, augment_p_x=False), 16, 3).at(step)
+        assert torch.equal(batch.images, to_float(split.images[positions(50, 3, "train", step, 16)]))
+        assert torch.equal(batch.labelled_images, augmented.labelled_images)
+        assert torch.equal(batch.labelled_labels, augmented.labelled_labels)
+        assert batch.labels is None
+        assert (batch.n_global, batch.n_labelled_global) == (16, 5)
 
 
 def test_noise_has_the_standard_deviation_asked_for_and_is_new_each_step():

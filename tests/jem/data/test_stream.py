@@ -109,6 +109,19 @@ def test_two_windows_are_held_and_the_next_is_read_before_it_is_asked_for(split,
     assert set(windows._held) == {(0, 1), (0, 2)}
 
 
+def test_images_of_p_x_that_are_not_augmented_are_those_of_the_disk(split):
+    config = override(PLAIN, {"crop_padding": 2, "flip": True, "noise_std": 0.1})
+    augmented = BatchSource(split, config, 7, 3)
+    batches = BatchSource(split, override(config, {"augment_p_x": False}), 7, 3)
+    plain = BatchSource(split, PLAIN, 7, 3)
+    for step in range(3):
+        batch, stored = batches.at(step), plain.at(step)
+        assert torch.equal(batch.images, stored.images)
+        assert torch.equal(batch.labels, stored.labels)
+        assert torch.equal(batch.labelled_images, augmented.at(step).images)
+        assert torch.equal(batch.labelled_labels, batch.labels)
+
+
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_ranks_parts_are_the_batch_of_one_worker_and_augmentation_is_as_in_memory(data, split, size):
     config = override(PLAIN, {"crop_padding": 2, "flip": True, "noise_std": 0.1})
