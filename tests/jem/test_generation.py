@@ -22,8 +22,8 @@ from jem.evaluate.generation import (
     nearest,
 )
 from jem.evaluate.sets import uniform_noise
+from jem.prior import uniform
 from jem.randomness import generator as stream
-from jem.replay import uniform
 from jem.sgld import sgld_chain, sgld_step
 
 

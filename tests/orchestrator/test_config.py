@@ -451,7 +451,8 @@ def test_a_recipe_inherits_from_a_bundled_one_or_from_a_file_beside_it(recipe):
     config = load_run_config(str(child), ["sgld.noise_scale=0.5"])
     assert dataclasses.asdict(config.sgld) == {
         **{"steps": 3, "step_size": 2.0, "noise_scale": 0.5},
-        **{"conditional": False, "clamp": None, "gradient_clamp": None},
+        **{"conditional": False, "clamp": None, "gradient_clamp": None, "inner_steps": 1},
+        **{"final_step_size": None, "final_noise_scale": None, "max_steps": None},
     }
     assert config.replay.capacity == 600
     assert config.data == load_run_config("digits", []).data
