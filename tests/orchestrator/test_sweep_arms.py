@@ -136,7 +136,7 @@ def test_the_name_is_that_of_the_file_and_a_digest_of_what_is_trained_and_measur
             ["evaluate.every=3"],
             ["recovery.max=1"],
             ["sgld.step_size=2"],
-            ["base=digits_lenet"],
+            ["base=cifar10"],
         ),
     ]
     names = [sweep_of(tmp_path, ARMS, *typed).name for typed in other]
