@@ -136,7 +136,6 @@ def test_the_name_is_that_of_the_file_and_a_digest_of_what_is_trained_and_measur
             ["evaluate.every=3"],
             ["recovery.max=1"],
             ["sgld.step_size=2"],
-            ["base=digits_paper"],
         ),
     ]
     names = [sweep_of(tmp_path, ARMS, *typed).name for typed in other]
@@ -207,7 +206,7 @@ def test_what_is_typed_wrongly_is_told(tmp_path, typed, said):
         ("x: {model.activation: gelu}", "4: arms.x.model.activation: is 'gelu', must be one of leaky_relu, silu"),
         ("x: {model: {}}", "4: arms.x.model: no such setting: a group, of which model.SETTING=... sets one"),
         ("x: {evaluate.ema: true}", "4: arms.x.evaluate.ema: is true, but no weights are averaged"),
-        ("x: {batch_size: 4000}", "4: arms.x: gives a run whose replay.capacity is 2000, must be at least batch_size"),
+        ("x: {objective.p_x_y_weight: 1}", "4: arms.x: gives a run whose sgld.conditional is false, must be true"),
         ("x: {data.crop_padding: 8}", "4: arms.x.data.crop_padding: is 8, must be at most 7"),
         ("x: {recipe: digit}", "4: arms.x.recipe: no recipe 'digit'; did you mean 'digits'?"),
         ("x: {recipe: nowhere.yaml}", "4: arms.x.recipe: no such recipe file: "),
