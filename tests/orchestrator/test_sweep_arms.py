@@ -296,7 +296,7 @@ def test_without_a_base_the_arms_are_checked_alone(tmp_path):
 
 def test_no_arms_and_no_space_is_nothing_to_do(tmp_path):
     assert "arms: are all removed" in "\n".join(problems(tmp_path, with_arms([]), "arms.plain=none"))
-    assert "space: has no axes, so that there is nothing to search; or write arms" in "\n".join(
+    assert "space: has no axes, so that there is nothing to search" in "\n".join(
         problems(tmp_path, "base: digits\narms: {}\n")
     )
 
