@@ -242,8 +242,7 @@ def _search(
     found: list[Problem] = []
     space = read_space(axes, run, removed, found)
     if not axes and not any(p.key.startswith("space") for p in problems):
-        message = "has no axes, so that there is nothing to search; or write arms: to compare"
-        found.append(Problem("space", message, str(path)))
+        found.append(Problem("space", "has no axes, so that there is nothing to search", str(path)))
     problems += found
     if config is None or run is None:
         return None

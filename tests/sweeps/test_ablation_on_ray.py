@@ -107,8 +107,6 @@ def test_an_ablation_survives_its_driver_and_compares_its_arms(tmp_path):
     assert {name: record["result"]["step"] for name, record in after.items()} == {
         **{"jem-s0": 60, "jem-s1": 60, "classifier-s0": 40, "classifier-s1": 40},
     }
-    begun = {name: record["attempts"][0]["started"] for name, record in after.items()}
-    assert max(begun["jem-s0"], begun["classifier-s0"]) < min(begun["jem-s1"], begun["classifier-s1"])
     assert (result["status"], result["trials"]) == ("finished", {"all": 4, "finished": 4})
     assert "4 of 4 trials finished. Differs from jem, paired by seed: " in out
     folder = tmp_path / "runs" / "arms"
