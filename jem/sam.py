@@ -61,4 +61,4 @@ def ascend(parameters: list[nn.Parameter], config: OptimizerConfig) -> None:
     norm = torch.nn.utils.get_total_norm(scaled)
     length = (config.sam_rho / norm.where(norm.isfinite(), torch.nan)).where(norm != 0, 0.0)
     for weight, direction in zip(moving, scaled, strict=True):
-        weight += length * (weight * direction if config.sam_adaptive else direction)
+        weight.add_(length * (weight * direction if config.sam_adaptive else direction))

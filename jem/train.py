@@ -252,7 +252,8 @@ def sample(state: TrainState, config: JEMConfig, like: Float[Tensor, "n c h w"],
     """
     if state.replay is None:
         none = like.new_zeros(())
-        return Samples(like[:0], torch.zeros(0, dtype=torch.int64, device=like.device), *[none] * 6, like[:0])
+        labels = torch.zeros(0, dtype=torch.int64, device=like.device)
+        return Samples(like[:0], labels, none, none, none, none, none, none, like[:0])
     drawn = state.replay.draw(len(like), state.generator)
     state.network.eval()
     with autocast(config, like.device):
