@@ -35,7 +35,7 @@ def quadratic(theta):
 
 
 def gradients(network):
-    """All of them; the last bias has none where the energy's gradient in x does not know of it."""
+    """Of all weights; one that the energy's gradient does not depend on, as the last bias of E(x, y), has none."""
     return torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in network.parameters()])
 
 
@@ -182,12 +182,10 @@ def test_ranks_differentiate_as_many_chains_together_as_are_asked_for(wanted, si
 
 
 def test_a_chain_that_is_lost_skips_the_update():
-    net = {"model__name": "small_conv", "model__channels": [3]}
-    config, state = begin(**net, sgld__step_size=1e38, sgld__steps=2, optimizer__ema_decay=0.5)
-    with torch.no_grad():
-        state.network[0].weight *= 1e3
-    before = {key: value for key, value in tensors_of(state).items() if key.split()[0] in ("network", "average")}
+    settings = {"model__name": "small_conv", "model__channels": [3], "sgld__step_size": 1e38, "sgld__steps": 2}
+    config, state = begin(**settings, optimizer__ema_decay=0.5)
+    before = tensors_of(state)
     info = train_step(state, batch(), config, World())
     assert info.skipped
-    assert info.lost_chains == 6
-    assert all(torch.equal(tensors_of(state)[key], value) for key, value in before.items())
+    after = tensors_of(state)
+    assert all(torch.equal(value, after[key]) for key, value in before.items())
