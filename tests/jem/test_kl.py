@@ -147,6 +147,14 @@ def test_without_batch_norm_the_term_is_the_samples_energy_where_they_stand():
     torch.testing.assert_close(info.loss.kl, info.loss.energy_samples)
 
 
+def test_in_both_passes_of_sam_the_network_is_in_eval_mode_for_the_term_as_for_the_chains():
+    config, state = begin(optimizer__sam_rho=0.3, objective__kl_samples=2, sgld__steps=3)
+    calls = []
+    state.network.register_forward_hook(lambda network, x, _: calls.append((network.training, len(x[0]))))
+    train_step(state, batch(), config, World())
+    assert calls == [(False, 6)] * 3 + [(False, 2), (False, 2), (True, 12)] * 2
+
+
 def test_in_bf16_gradients_are_finite_and_near_those_of_float32():
     seen = []
     for precision in ("float32", "bf16"):

@@ -120,9 +120,9 @@ def test_a_step_applies_the_gradient_of_the_point_above_and_tells_the_loss_where
     data = type(data)(data.images.double(), *list(vars(data).values())[1:])
     samples = sample(start(config, SHAPE, CLASSES), config, data.images, 6)
     info = train_step(state, data, config, World())
-    loss = loss_and_gradient(twin, data, samples, config, World())
+    loss = loss_and_gradient(twin, {}, data, samples, config, World())
     ascend(list(twin.parameters()), config.optimizer)
-    above = loss_and_gradient(twin, data, samples, config, World())
+    above = loss_and_gradient(twin, {}, data, samples, config, World())
     assert info.loss == loss
     assert above.total > loss.total + 1e-3
     expected = flat([p.grad for p in twin.parameters()])
