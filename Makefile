@@ -53,7 +53,7 @@ sweeps: $(VENV)/installed-dev
 	$(BIN)/python -m pytest tests/sweeps
 
 cluster: $(VENV)/installed-dev
-	$(BIN)/python -m pytest --dist loadgroup tests/cluster
+	$(BIN)/python -m pytest tests/cluster
 
 soak: install
 	$(BIN)/python benchmarks/soak.py --out docs/results/soak.json

@@ -39,7 +39,7 @@ class Machine:
         enter += ["unshare", "--pid", "--mount", "--fork", "--kill-child", "--mount-proc"] if apart else []
         return [*enter, "bash", "--login", "-c", f"cd; {line}"]
 
-    def run(self, line, network=True, check=True, timeout=600, **variables):
+    def run(self, line, network=True, check=True, timeout=1500, **variables):
         """`network=False`: with that of this machine, which knows where packages are."""
         command, environment = self.command(line, network), self.environment | variables
         ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)

@@ -19,7 +19,7 @@ from jem.errors import ConfigError
 from orchestrator import facts
 from orchestrator.submit import check_size, uploaded
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900), pytest.mark.xdist_group("jobs")]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 ROOT = Path(__file__).parents[2]
 SECRET = "a-secret-of-the-users"
 PLAIN = [argument for argument in TINY if not argument.startswith("model.")]
@@ -49,7 +49,7 @@ class Head:
         self.cluster, self.address, self.checkout = cluster, address, checkout
         self.environment = os.environ | cluster.environment | {"RAY_API_SERVER_ADDRESS": address}
 
-    def wait_for_dashboard(self, timeout=120):
+    def wait_for_dashboard(self, timeout=500):
         """On a busy machine it is up later than the head."""
         deadline = time.monotonic() + timeout
         while (listed := self.ray("list")).returncode != 0:

@@ -104,7 +104,6 @@ def objects(prefix=""):
     return {key: client.get_object(Bucket="bucket", Key=key)["Body"].read() for key in keys(prefix)}
 
 
-@pytest.mark.xdist_group("server")
 def test_everything_of_a_run_may_be_in_a_bucket_and_no_secret_is(folder, server):
     prepared, out = job("prepare", folder, "digits", "s3://bucket/digits")
     data = ("data.name=parquet", "data.root=s3://bucket/digits")
@@ -135,7 +134,6 @@ def test_everything_of_a_run_may_be_in_a_bucket_and_no_secret_is(folder, server)
     assert SECRET not in out + more + trained.out + trained.err
 
 
-@pytest.mark.xdist_group("server")
 def test_an_evaluation_of_elsewhere_is_found_in_the_bucket(folder, server, monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))  # another machine, which has nothing of the run
     again, _ = job("evaluate", tmp_path, f"{RUNS}/one", "evaluate.suite=fast", f"tracking.uri={server}")
