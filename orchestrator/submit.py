@@ -12,7 +12,7 @@ import logging
 import os
 import shlex
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +35,16 @@ class Submitted(Result):
 
     job: str | None = None
     code: int | None = None  # that the command ended with
+    own: dict[str, Any] = field(default_factory=dict, repr=False)  # what its line says beside what all commands say
 
     @property
     def exit_code(self) -> int:
         return super().exit_code if self.code is None else self.code
+
+    def json(self) -> str:
+        """The command's line, as it was but for `job` and `code`."""
+        line = json.loads(super().json())
+        return json.dumps(line | line.pop("own"))
 
 
 def submit(
@@ -160,7 +166,9 @@ def _ended(client: Any, job: str, last: str) -> Submitted:
     info = client.get_job_info(job)
     known = {entry.name for entry in fields(Result)}
     try:
-        told = {key: value for key, value in json.loads(last).items() if key in known}
+        line = json.loads(last)
+        told = {key: value for key, value in line.items() if key in known}
+        told["own"] = {key: value for key, value in line.items() if key not in known}
     except (ValueError, AttributeError):
         told = {"status": "finished" if info.status == "SUCCEEDED" else "failed", "message": f"{info.message}\n{last}"}
     code = 0 if info.status == "SUCCEEDED" else info.driver_exit_code

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 
 from jem.errors import CheckpointError, ConfigError, DataError, DivergedError, JEMError, Problem
 from orchestrator.command import Parser, run_command
 from orchestrator.result import Result, show
+from orchestrator.submit import _ended
 
 
 def raising(error):
@@ -134,3 +136,18 @@ def test_a_thread_that_waits_for_ray_does_not_keep_the_process():
     ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=30)
     assert ended.returncode == 143
     assert json.loads(ended.stdout)["status"] == "stopped"
+
+
+@pytest.mark.parametrize("status", ["SUCCEEDED", "FAILED"])
+def test_a_submitted_commands_line_is_its_own_but_for_job_and_code(status):
+    client = SimpleNamespace(
+        get_job_info=lambda _: SimpleNamespace(status=status, message="of Ray", driver_exit_code=4)
+    )
+    line = {"status": "diverged", "trials": {"diverged": 2}, "metrics": {"val/nll": 1.5}, "verdict": "none"}
+    ended = _ended(client, "job-1", json.dumps(line))
+    code = 0 if status == "SUCCEEDED" else 4
+    assert json.loads(ended.json()).items() >= (line | {"job": "job-1", "code": code}).items()
+    assert ended.exit_code == code
+    told = json.loads(_ended(client, "job-1", "Traceback: no line of JSON").json())
+    assert (told["status"], "own" in told) == ("finished" if code == 0 else "failed", False)
+    assert told["message"] == "of Ray\nTraceback: no line of JSON"
