@@ -173,17 +173,21 @@ def sampler_tensors(state: TrainState) -> dict[str, Tensor]:
 
 def prior_tensors(manifest: Manifest) -> dict[str, Tensor]:
     """What `jem.prior.Prior.tensors` gave; empty where chains start uniform."""
-    tensors = manifest.tensors(SAMPLER) if SAMPLER in manifest.files else {}
-    return {name: tensor for name, tensor in tensors.items() if name != LENGTH}
+    return {name: tensor for name, tensor in _sampler(manifest).items() if name != LENGTH}
 
 
 def _restore_sampler(manifest: Manifest, state: TrainState) -> None:
     assert state.replay is not None
-    prior = prior_tensors(manifest)
+    prior = _sampler(manifest)
+    length = prior.pop(LENGTH, None)
     if prior:
         state.replay.prior = state.replay.prior.with_tensors(prior)
-    if state.chain_length is not None and SAMPLER in manifest.files:
-        state.chain_length = manifest.tensors(SAMPLER).get(LENGTH, state.chain_length).to(state.chain_length.device)
+    if state.chain_length is not None and length is not None:
+        state.chain_length = length.to(state.chain_length.device)
+
+
+def _sampler(manifest: Manifest) -> dict[str, Tensor]:
+    return manifest.tensors(SAMPLER) if SAMPLER in manifest.files else {}
 
 
 def read_chains(manifest: Manifest, world: World, capacity: int) -> Stored:

@@ -97,7 +97,7 @@ def sgld_chain(
     for i in range(config.steps if steps is None else steps):
         now = along(config, i, steps)
         if config.inner_steps > 1:
-            assert isinstance(energy_fn, SplitEnergy), "check_network asks for a network that has halves"
+            assert isinstance(energy_fn, SplitEnergy), "jem.train.start refuses a network without halves"
             x, transition = pyld_step(energy_fn, x, now, generator)
         else:
             x, transition = sgld_step(energy_fn, x, now, generator, differentiate)
