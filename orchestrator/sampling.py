@@ -196,6 +196,7 @@ def make_plan(opened: Opened, config: SampleConfig, classes: tuple[str, ...]) ->
     label = _number_of(config.class_, classes)
     count = -(-config.count // len(classes)) * len(classes) if label == ALL else config.count
     changes = {key: value for key, value in flatten(config.sgld).items() if value is not None}
+    changes |= {f"final_{key}": None for key in changes}  # what is typed is that of every step, not a schedule's first
     steps = config.steps
     if steps is None:
         steps = default_steps(opened.config) if config.init == "fresh" else 0

@@ -102,6 +102,13 @@ def test_chains_of_a_fitted_prior_start_at_its_gaussian_whatever_is_opened(drawn
         drawn("count=4", "steps=0", model=bare)
 
 
+def test_a_typed_step_size_is_that_of_every_step_of_a_model_with_a_schedule(drawn, tmp_path):
+    root, _ = trained(tmp_path / "storage", "four", "sgld.final_step_size=0.1", "steps=4", "checkpoint.every=4")
+    for typed, expected in (((), (1.0, 0.1)), (("sgld.step_size=0.5",), (0.5, None))):
+        sgld = drawn("count=2", "steps=1", *typed, model=root)[2]["settings"]["sgld"]
+        assert (sgld["step_size"], sgld["final_step_size"]) == expected
+
+
 def test_steps_0_is_the_prior_itself(drawn, made, monkeypatch):
     result, images, said = drawn("count=3", "steps=0")
     x = torch.rand(100, 1, 8, 8, generator=stream("cpu", "sample", 0, 0)) * 2 - 1
