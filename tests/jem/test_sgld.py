@@ -246,7 +246,7 @@ def test_a_schedule_goes_in_equal_ratios_and_differences_and_begins_again_with_e
     assert [along(config, i) for i in range(5, 10)] == [along(config, i) for i in range(5)]
     assert [along(config, i, 3).step_size for i in range(3)] == pytest.approx([1, 0.01, 0.0001]), "a chain that adapts"
     plain = SGLDConfig()
-    assert along(plain, 3) is plain
+    assert along(plain, 3) == plain
     assert along(SGLDConfig(steps=1, final_step_size=0.1), 0).step_size == 1.0
 
 
