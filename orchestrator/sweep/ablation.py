@@ -23,7 +23,8 @@ from orchestrator.result import Result
 from orchestrator.runs import lock, storage_of
 from orchestrator.sweep.comparison import Comparison, compare, summary_of, verdict_of
 from orchestrator.sweep.config import Sweep, to_yaml, trial_config
-from orchestrator.sweep.fixed import FixedTrials, ends_of, message_of
+from orchestrator.sweep.ending import message_of, status_of
+from orchestrator.sweep.fixed import FixedTrials, ends_of
 from orchestrator.sweep.resources import GIB, Fit, fit
 from orchestrator.sweep.session import Record, open_folder, shortened
 from orchestrator.sweep.summary import shown_figures
@@ -119,7 +120,7 @@ class AblationWork(FixedTrials[AblationResult]):
         files = [*write_tables(rows, self.folder), "summary.md", "arms.json", "sweep.yaml"]
         (self.folder / "summary.md").write_text(text)
         (self.folder / "arms.json").write_text(json.dumps(found, indent=1) + "\n")
-        status = self.status_of(outcome, rows)
+        status = status_of(outcome, rows, self.root)
         metrics, intervals = _figures(found)
         finished = [row for row in rows if row.status == "finished"]
         told = f"{len(finished)} of {len(rows)} trials finished"

@@ -25,6 +25,7 @@ from orchestrator.sweep.axes import valid
 from orchestrator.sweep.config import OBJECTIVES, Sweep, to_yaml, trial_config
 from orchestrator.sweep.decide import Decision, winner_recipe
 from orchestrator.sweep.drawing import base_value
+from orchestrator.sweep.ending import message_of, status_of
 from orchestrator.sweep.plots import draw_plots
 from orchestrator.sweep.population import evolve, stretches
 from orchestrator.sweep.resources import fit
@@ -132,7 +133,8 @@ class Search(Session[SweepResult]):
         stage = decision.stage
         own = [r for r in rows if r.candidate == decision.winner and r.stage == stage and r.status == "finished"]
         if not own:
-            return {"message": "no trial finished", "winner": None}
+            came = {"status": "finished"}
+            return {"status": status_of(came, rows, self.root), "message": message_of(came, rows, "no trial finished")}
         sign = 1 if OBJECTIVES[objective].mode == "max" else -1
         row = max(own, key=lambda r: sign * r.metrics[objective])
         root, base = self.root / TRIALS / row.name, load_run_config(self.sweep.config.base, []).evaluate

@@ -16,7 +16,6 @@ from orchestrator.result import Result
 from orchestrator.runs import read_record
 from orchestrator.sweep.resources import Fit
 from orchestrator.sweep.session import Session
-from orchestrator.sweep.summary import counts_text
 from orchestrator.sweep.table import GOING_ON, Row, read_trials
 from orchestrator.sweep.trial import CLOSING, TRIALS, Setting, Trial, over
 from orchestrator.upload import is_whole
@@ -72,37 +71,12 @@ class FixedTrials(Session[R]):
             found.append(Row(name, *beside, *self._why_not_begun(stopped)))
         return sorted(found, key=lambda row: row.number)
 
-    def status_of(self, outcome: Mapping[str, Any], rows: Sequence[Row]) -> str:
-        """That of the attempt; where no trial finished, the status that all failures have in common, bad data say."""
-        if outcome["status"] != "finished" or any(row.status == "finished" for row in rows):
-            return str(outcome["status"])
-        statuses = set()
-        for row in rows:
-            record = None
-            with suppress(ConfigError):
-                record = read_record(self.root / TRIALS / row.name)
-            statuses.add(record.status if record else "failed")
-        return statuses.pop() if len(statuses) == 1 else "failed"
-
     def _why_not_begun(self, stopped: bool) -> tuple[str, str]:
         if stopped:
             return "stopped", "not begun"
         if (self.root / CLOSING).exists():
             return "out of time", "not begun"
         return "failed", "it could not begin"
-
-
-def message_of(outcome: Mapping[str, Any], rows: Sequence[Row], told: str) -> str:
-    """What is wrong, if anything: with the attempt, or with single trials."""
-    ended = [
-        f"{row.name} {row.status}: {_first_line(row.reason)}" for row in rows if row.status in ("diverged", "failed")
-    ]
-    if outcome["status"] != "finished":
-        return "; ".join(filter(None, [str(outcome.get("message", "")), f"{told} ({counts_text(rows)})"]))
-    if not ended:
-        return ""
-    alone = [] if any(row.status == "finished" for row in rows) else ["--fresh starts them anew"]
-    return "; ".join([told, *ended, *alone])
 
 
 def ends_of(intervals: Mapping[str, Sequence[float]]) -> Iterator[tuple[str, float]]:
@@ -118,8 +92,3 @@ def _over(folder: Location, steps: int) -> bool:
     except ConfigError:
         return True  # damaged: it counts as failed, and says why
     return record is not None and over(record, steps)
-
-
-def _first_line(reason: str) -> str:
-    """What follows it says how a single run would go on."""
-    return (reason.splitlines() or ["no reason is known"])[0].removesuffix(" Tried:")

@@ -21,7 +21,8 @@ from orchestrator.result import Result
 from orchestrator.runs import lock, storage_of
 from orchestrator.sweep.config import SHOWN, BudgetConfig, Sweep, SweepConfig
 from orchestrator.sweep.decide import over_seeds
-from orchestrator.sweep.fixed import FixedTrials, ends_of, message_of
+from orchestrator.sweep.ending import message_of, status_of
+from orchestrator.sweep.fixed import FixedTrials, ends_of
 from orchestrator.sweep.resources import GIB, Fit, fit, gpus_a_worker, machine
 from orchestrator.sweep.session import Record, open_folder, shortened
 from orchestrator.sweep.summary import seeds_summary, shown_figures
@@ -107,7 +108,7 @@ class SeedsWork(FixedTrials[SeedsResult]):
         finished = [row for row in rows if row.status == "finished"]
         figures = over_seeds(rows)
         metrics, intervals = means(figures), intervals_of(figures)
-        status = self.status_of(outcome, rows)
+        status = status_of(outcome, rows, self.root)
         text, files = seeds_summary(rows, self.record.name), write_tables(rows, self.folder)
         (self.folder / "summary.md").write_text(text)
         (self.folder / "seeds.json").write_text(json.dumps(figures, indent=1) + "\n")

@@ -32,6 +32,7 @@ from orchestrator.runs import read_record, set_aside
 from orchestrator.signals import StopSignals
 from orchestrator.survey import log_of
 from orchestrator.sweep.config import Sweep
+from orchestrator.sweep.ending import close_lost
 from orchestrator.sweep.overseer import Overseer
 from orchestrator.sweep.resources import Fit
 from orchestrator.sweep.table import Row, read_trials
@@ -172,8 +173,7 @@ class Session(ABC, Generic[R]):
         from orchestrator.sweep.tuning import run_stage
 
         with self.watching(name.partition("-")[0], n, fitting.at_once, reserve):
-            for lost in run_stage(name, trials, setting, fitting):
-                _close_lost(self.root / TRIALS / lost)
+            close_lost(self.sweep, self.root, run_stage(name, trials, setting, fitting), trials)
 
     def watching(self, stage: str, n: int, at_once: int, reserve: int = 0) -> AbstractContextManager[None]:
         """The trials on the screen and in MLflow."""
@@ -262,13 +262,3 @@ def _last_sign(root: Location) -> float:
     """When a driver or one of its trials last wrote something down."""
     logs = [log_of(root), *(log_of(trial) for trial in (root / TRIALS).children())]
     return max((log.stat().st_mtime for log in logs if log.exists()), default=0.0)
-
-
-def _close_lost(root: Location) -> None:
-    """A trial whose process died again and again could not write down what came of it."""
-    record = read_record(root)
-    if record is not None and record.status == "running":
-        record.status = "failed"
-        result = Result(name=record.name, status="failed", message="its process died, and so did those after it")
-        record.result = asdict(result)
-        record.save(root)

@@ -121,8 +121,8 @@ class Suggestions(Searcher):  # type: ignore[misc]
         self.__dict__.update(pickle.loads(Path(checkpoint_path).read_bytes()))
 
 
-def run_stage(stage: str, trials: Sequence[Trial], setting: Setting, fit: Fit) -> list[str]:
-    """Run all trials of a stage, or what is left of them; the names of those that Tune gave up.
+def run_stage(stage: str, trials: Sequence[Trial], setting: Setting, fit: Fit) -> dict[str, str]:
+    """Run all trials of a stage, or what is left of them; the names of those that Tune gave up, and why.
 
     Without `trials` they are suggested as the search goes on. Tune is asked for what it remembers before anything of
     the same name is made: that would be overwritten, and the scheduler with it.
@@ -169,7 +169,7 @@ def run_stage(stage: str, trials: Sequence[Trial], setting: Setting, fit: Fit) -
         )
     with freeing_orphans() if workers > 1 else nullcontext():
         results = tuner.fit()
-    return [str(result.path).rsplit("/", 1)[-1] for result in results if result.error is not None]
+    return {Path(str(result.path)).name: _told(result.error) for result in results if result.error is not None}
 
 
 def scheduler(sweep: Sweep) -> TrialScheduler | None:
@@ -187,6 +187,12 @@ def scheduler(sweep: Sweep) -> TrialScheduler | None:
         grace_period=config.grace_steps,
         reduction_factor=config.reduction_factor,
     )
+
+
+def _told(error: BaseException) -> str:
+    """The last line of what Ray says: those before it say where in Ray it was."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
 
 
 def _name(trial: Any) -> str:
