@@ -134,6 +134,9 @@ class SGLDConfig(Settings):
     gradient_clamp: float | None = setting(
         None, gt=0, doc="each component of a step's gradient is kept within +- this; with clamp: proximal SGLD (JEM++)"
     )
+    normalize_gradient: bool = setting(
+        False, doc="DAT: each step is step_size long, in the gradient's direction over the whole image; else as steep"
+    )
     inner_steps: int = setting(
         1, ge=1, doc="PYLD (JEM++): moves a step, all but the first through the network's first layer alone"
     )
@@ -186,6 +189,20 @@ class ObjectiveConfig(Settings):
     p_y_given_x_weight: float = setting(1.0, ge=0, doc="weight of the cross-entropy, -log p(y|x)")
     p_x_weight: float = setting(1.0, ge=0, doc="weight of the energy gap, whose gradient is that of -log p(x)")
     p_x_y_weight: float = setting(0.0, ge=0, doc="weight of the joint energy gap, -log p(x, y)")
+    p_x_loss: str = setting(
+        "contrastive",
+        choices=("contrastive", "bce"),
+        doc="what p_x_weight weighs: the energy gap; bce (DAT): cross-entropy of a detector of samples whose logit is "
+        "the energy, whose gradient is bounded; E(x) is then no estimate of -log p(x)",
+    )
+    p_x_given_y_weight: float = setting(
+        0.0,
+        ge=0,
+        doc="weight of a contrastive -log p(x|y) (HDGE): a step's labelled images in place of chains",
+    )
+    mass_weight: float = setting(
+        0.0, ge=0, doc="weight of the mean norm of d log p(x)/dx at data (NG-EBM); needs no chains: p_x_weight=0"
+    )
     energy_l2: float = setting(0.0, ge=0, doc="weight of mean E(x)^2 over data plus mean E(x)^2 over samples")
     kl_weight: float = setting(
         0.0, ge=0, doc="weight of the KL term of improved contrastive divergence, through the chains' last step"
@@ -197,6 +214,8 @@ class ObjectiveConfig(Settings):
     def conflicts(self) -> Iterator[tuple[str, str]]:
         if not (self.p_y_given_x_weight or self.p_x_weight or self.p_x_y_weight):
             yield "p_x_weight", "all weights are 0: nothing would be trained; give one of the three a positive value"
+        if self.p_x_loss == "bce" and not self.p_x_weight:
+            yield "p_x_loss", "is bce, which has no effect without objective.p_x_weight; set that, or leave this out"
         if self.kl_weight and not self.samples_needed:
             yield "kl_weight", "is positive, but no chains are run; set objective.p_x_weight, or leave this out"
         if self.kl_samples is not None and not self.kl_weight:
@@ -206,6 +225,12 @@ class ObjectiveConfig(Settings):
     def samples_needed(self) -> bool:
         """Whether a step runs chains: a plain classifier does not."""
         return self.p_x_weight > 0 or self.p_x_y_weight > 0
+
+
+def _must_rise(settings: Settings, key: str) -> Iterator[tuple[str, str]]:
+    values = list(getattr(settings, key))
+    if not values or values != sorted(set(values)):
+        yield key, f"is {values}, must have entries that rise from one to the next"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,9 +250,7 @@ class AttackConfig(Settings):
 
     def conflicts(self) -> Iterator[tuple[str, str]]:
         for key in ("linf", "l2", "refine"):
-            values = getattr(self, key)
-            if not values or list(values) != sorted(set(values)):
-                yield key, f"is {list(values)}, must have entries that rise from one to the next"
+            yield from _must_rise(self, key)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,7 +262,15 @@ class GenerateConfig(Settings):
     inception: str | None = setting(
         None, doc="torch-fidelity's Inception weights, for data without an extractor of ours (colour images)"
     )
-    chains: int = setting(16, ge=2, doc="chains followed to 100 times the training length")
+    chains: int = setting(16, ge=2, doc="chains that are watched")
+    lengths: tuple[int, ...] = setting(
+        (1, 10, 100),
+        ge=1,
+        doc="after so many times the steps of a chain in training; the last is their end",
+    )
+
+    def conflicts(self) -> Iterator[tuple[str, str]]:
+        yield from _must_rise(self, "lengths")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -312,6 +343,9 @@ class JEMConfig(Settings):
             yield "compile", "is true, must be false with sgld.inner_steps > 1, whose gradients are in parts"
         if self.objective.kl_weight and self.sgld.inner_steps > 1:
             message = "is positive, must be 0 with sgld.inner_steps > 1: it differentiates a step of SGLD, not of PYLD"
+            yield "objective.kl_weight", message
+        if self.objective.kl_weight and self.sgld.normalize_gradient:
+            message = "is positive, must be 0 with sgld.normalize_gradient: it differentiates a step that is as steep"
             yield "objective.kl_weight", message
         if (self.objective.kl_samples or 1) > self.batch_size:
             yield (

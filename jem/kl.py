@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from jem.config import SGLDConfig
 from jem.energy import EnergyFn, energy_fn
+from jem.sgld import bounded
 
 
 def kl_energies(
@@ -31,9 +32,7 @@ def kl_energies(
     """
     position = before.detach().requires_grad_(True)
     (gradient,) = torch.autograd.grad(live(position).sum(), position, create_graph=True)
-    if config.gradient_clamp is not None:
-        gradient = gradient.clamp(-config.gradient_clamp, config.gradient_clamp)
-    step = config.step_size * gradient
+    step = config.step_size * bounded(gradient, config)
     if config.clamp is not None:
         step = step * (after.abs() < config.clamp)
     return held(after - (step - step.detach()))

@@ -10,7 +10,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from jem.config import ObjectiveConfig
-from jem.energy import energy, joint_energy
+from jem.energy import EnergyFn, energy, joint_energy
+from jem.world import World
 
 
 class Loss(NamedTuple):
@@ -33,6 +34,13 @@ class Counts(NamedTuple):
     kl: int = 0
 
 
+class ClassPool(NamedTuple):
+    """Of the labelled images of all ranks: log sum_x exp f(x)[y] of each class, and how many have that label."""
+
+    log_sum: Float[Tensor, " c"]
+    labelled: Float[Tensor, " c"]
+
+
 def jem_loss(
     logits_data: Float[Tensor, "data c"],
     logits_samples: Float[Tensor, "samples c"],
@@ -43,28 +51,37 @@ def jem_loss(
     counts: Counts,
     logits_joint: Float[Tensor, "labelled c"] | None = None,
     energy_kl: Float[Tensor, " kl"] | None = None,
+    mass: Float[Tensor, " data"] | None = None,
+    pool: ClassPool | None = None,
 ) -> Loss:
     """The weighted sum of three terms, a penalty and a correction (Grathwohl et al., 2020, eq. 7 and 9):
 
         p_y_given_x_weight * CE(x, y)
-      + p_x_weight         * (mean E(x_data) - mean E(x_samples))
+      + p_x_weight         * (mean E(x_data) - mean E(x_samples)), or `detection`
       + p_x_y_weight       * (mean E(x_labelled, y) - mean E(x_samples, y_samples))
       + energy_l2          * (mean E(x_data)^2 + mean E(x_samples)^2)       (Du & Mordatch, 2019)
       + kl_weight          * mean E_sg(theta)(x_samples(theta))             (Du et al., 2021)
+      + p_x_given_y_weight * contrastive_loss(x_labelled, y)                (Liu & Abbeel, 2020)
+      + mass_weight        * mean ||d log p(x_data)/dx||                    (Piland et al., 2023)
 
     The gradient of an energy gap is the contrastive estimate of that of -log p, provided the samples
     are held fixed. Means are over the global batch: a rank contributes its own sum over `counts`, and a
     rank that holds none of a kind contributes 0.
 
     `logits_joint`: of the images of p(x, y), where the labelled rows of cross-entropy are augmented and theirs are not.
-    `energy_kl`: what `kl_energies` gives of some of the samples.
+    `energy_kl`: what `kl_energies` gives of some of the samples; `mass`: what `gradient_norms` gives of the data;
+    `pool`: what `class_pool` gives of the labelled rows.
     """
     energy_data, energy_samples = energy(logits_data), energy(logits_samples)
     cross_entropy = F.cross_entropy(logits_labelled, labels, reduction="sum") / max(counts.labelled, 1)
     mean_data = energy_data.sum() / max(counts.data, 1)
     mean_samples = energy_samples.sum() / max(counts.samples, 1)
     total = config.p_y_given_x_weight * cross_entropy
-    if config.p_x_weight:
+    if config.p_x_weight and config.p_x_loss == "bce":
+        of_data, of_samples = detection(energy_data, energy_samples)
+        bce = of_data.sum() / max(counts.data, 1) + of_samples.sum() / max(counts.samples, 1)
+        total = total + config.p_x_weight * bce
+    elif config.p_x_weight:
         total = total + config.p_x_weight * (mean_data - mean_samples)
     if config.p_x_y_weight:
         logits_joint = logits_labelled if logits_joint is None else logits_joint
@@ -78,7 +95,66 @@ def jem_loss(
     mean_kl = torch.zeros_like(mean_data) if energy_kl is None else energy_kl.sum() / counts.kl
     if config.kl_weight:
         total = total + config.kl_weight * mean_kl
+    if pool is not None:
+        total = total + config.p_x_given_y_weight * contrastive_loss(logits_labelled, labels, pool)
+    if mass is not None:
+        total = total + config.mass_weight * mass.sum() / max(counts.data, 1)
     with torch.no_grad():
         hits = (logits_labelled.argmax(dim=1) == labels).sum() / max(counts.labelled, 1)
     parts = (cross_entropy, mean_data, mean_samples, hits.to(total.dtype), mean_kl)
     return Loss(total, *(part.detach() for part in parts))
+
+
+def detection(
+    energy_data: Float[Tensor, " data"], energy_samples: Float[Tensor, " samples"]
+) -> tuple[Float[Tensor, " data"], Float[Tensor, " samples"]]:
+    """-log sigmoid(-E(x)) of data and -log sigmoid(E(x)) of samples, in nats: the loss of DAT (2026), p_x_loss = bce.
+
+    It trains E as the logit of a detector that tells samples from data. The least is at E = log q(x) - log p(x), with q
+    the density that the chains leave behind: no density's own energy, and a constant once they sample p. No image's
+    weight in the gradient is beyond 1, and that of an image that is told apart goes to 0: nothing drives energies
+    without end.
+    """
+    return F.softplus(energy_data), F.softplus(-energy_samples)
+
+
+def class_pool(logits: Float[Tensor, "n c"], labels: Int[Tensor, " n"], world: World) -> ClassPool:
+    """The sums over all ranks' rows that `contrastive_loss` needs; held fixed, the same on every rank.
+
+    In float64, where exp holds logits up to 709; beyond, the loss is not finite and its update is skipped.
+    """
+    with torch.no_grad():
+        exponentials = logits.double().exp().sum(dim=0)
+        counts = torch.bincount(labels, minlength=logits.shape[1]).double()
+        both = world.sum(torch.stack([exponentials, counts])).to(torch.float64)
+        return ClassPool(both[0].log().to(logits.dtype), both[1].to(logits.dtype))
+
+
+def contrastive_loss(logits: Float[Tensor, "n c"], labels: Int[Tensor, " n"], pool: ClassPool) -> Float[Tensor, ""]:
+    """This rank's part of -mean log p(x|y), as if the step's images were all there are: a softmax over x of f(x)[y].
+
+    HDGE (Hybrid Discriminative-Generative Training via Contrastive Learning, Liu & Abbeel, 2020): no chains. Its
+    normaliser is over data, so that it tells classes' images apart and says nothing of images that are none: no
+    p(x). The paper's pool is larger, a memory of earlier batches; ours is one batch.
+
+    Its value is of the rows given, and its gradient that of the mean over all ranks: a row is in the normaliser of
+    every class, whosever the images that have that label.
+    """
+    n = pool.labelled.sum()
+    value = (pool.log_sum[labels] - logits.gather(1, labels[:, None])[:, 0]).sum() / n
+    in_sums = (pool.labelled / n * (logits - pool.log_sum).exp()).sum()
+    return value + in_sums - in_sums.detach()
+
+
+def gradient_norms(energy: EnergyFn, x: Float[Tensor, "n ..."]) -> Float[Tensor, " n"]:
+    """||d log p(x)/dx|| over each image, in nats a unit of pixels, differentiable in the weights.
+
+    The approximate mass (Grathwohl et al., 2020, section 5.3) is minus this. As a loss (Non-Generative Energy Based
+    Models, Piland et al., 2023) it makes log p(x) flat around data, and needs no chains: it knows nothing of images
+    elsewhere, so that exp(-E(x)) is no density, and nothing can be sampled.
+    """
+    position = x.detach().requires_grad_(True)
+    with torch.enable_grad():
+        (gradient,) = torch.autograd.grad(energy(position).sum(), position, create_graph=True)
+    norms: Tensor = gradient.flatten(1).norm(dim=1)
+    return norms

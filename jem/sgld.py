@@ -1,4 +1,4 @@
-"""Stochastic gradient Langevin dynamics on images, and what came after it: proximal steps, PYLD, schedules."""
+"""Stochastic gradient Langevin dynamics on images, and what came after: proximal steps, PYLD, schedules, DAT's."""
 
 from __future__ import annotations
 
@@ -52,7 +52,9 @@ def sgld_step(
 
     With `config.gradient_clamp` = g each component of the gradient is first moved into [-g, g], and with
     `config.clamp` = c the new positions are moved back into [-c, c]: together, proximal SGLD (Yang & Ji,
-    JEM++, 2021, who set both to 1 and noise_scale to 0). `grad_norm` is of the gradient before.
+    JEM++, 2021, who set both to 1 and noise_scale to 0). With `config.normalize_gradient` it is divided by its norm
+    over the image, so that every step is step_size long (the chains of DAT, 2026, a PGD attack on the energy, with
+    noise_scale 0). `grad_norm` is of the gradient before.
     """
     energy, gradient = differentiate(energy_fn, x)
     return _moved(x, gradient, config, generator), Transition(energy, gradient.flatten(1).norm(dim=1), x)
@@ -141,10 +143,21 @@ def adapted_length(length: Float[Tensor, ""], gap: Float[Tensor, ""], config: SG
     return (length * torch.where(gap.isfinite(), factor, 1.0)).clamp(config.steps, config.max_steps)
 
 
+def bounded(gradient: Float[Tensor, "n ..."], config: SGLDConfig) -> Float[Tensor, "n ..."]:
+    """The gradient that a step goes down: of norm 1 over each image where that is asked for, then within the clamp.
+
+    One of 0 stays 0, and one that is not finite stays so: a chain at rest rests, a lost one is found.
+    """
+    if config.normalize_gradient:
+        norms = gradient.flatten(1).norm(dim=1).clamp(min=torch.finfo(gradient.dtype).tiny)
+        gradient = gradient / norms.view(-1, *[1] * (gradient.dim() - 1))
+    if config.gradient_clamp is not None:
+        gradient = gradient.clamp(-config.gradient_clamp, config.gradient_clamp)
+    return gradient
+
+
 def _moved(x: Tensor, gradient: Tensor, config: SGLDConfig, generator: torch.Generator) -> Tensor:
     """Down the gradient, with noise, within the clamps."""
     noise = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
-    if config.gradient_clamp is not None:
-        gradient = gradient.clamp(-config.gradient_clamp, config.gradient_clamp)
-    moved = x - config.step_size * gradient + config.noise_scale * noise
+    moved = x - config.step_size * bounded(gradient, config) + config.noise_scale * noise
     return moved if config.clamp is None else moved.clamp(-config.clamp, config.clamp)

@@ -20,7 +20,7 @@ from jem.energy import Logits, energy_fn, split_energy_fn
 from jem.errors import ConfigError, Problem
 from jem.kl import kl_energies, live_and_held
 from jem.models import ImageShape, initialize_act_norm, make_network
-from jem.objective import Counts, Loss, jem_loss
+from jem.objective import Counts, Loss, class_pool, gradient_norms, jem_loss
 from jem.optim import BufferGuard, averaged_copy, guarded_update, learning_rate, make_optimizer, update_average
 from jem.pages import keep_freed_pages
 from jem.prior import Prior
@@ -207,12 +207,16 @@ def loss_and_gradient(
     The chains went through the bare network: they are each rank's own and communicate nothing. Data,
     samples and labelled images go through the wrapped network in ONE forward pass, because
     DistributedDataParallel reduces the gradients of one forward and one backward pass. It divides them
-    by the world size, hence the factor. The KL term goes through the bare network, too: all of a weight's
-    gradient has come together when DistributedDataParallel sees it.
+    by the world size, hence the factor. The KL term and the approximate mass go through the bare network,
+    too: all of a weight's gradient has come together when DistributedDataParallel sees it.
     """
-    energy_kl = None
+    energy_kl, mass = None, None
     if config.objective.kl_weight:
         energy_kl = energies_of_last_step(network, buffers, samples, config, world, batch.n_global)
+    if config.objective.mass_weight:
+        network.eval()  # with batch norm's running statistics no image's gradient depends on the others
+        with autocast(config, batch.images.device):
+            mass = gradient_norms(live_and_held(network, buffers, None)[0], batch.images)
     labelled = batch.images[:0] if batch.labelled_images is None else batch.labelled_images
     network.train()
     with autocast(config, batch.images.device):
@@ -223,18 +227,21 @@ def loss_and_gradient(
     given = batch.labelled_images is None  # labels go with the data, and nothing else has any
     labels = batch.labels if given else batch.labelled_labels
     assert labels is not None
-    objective, n = config.objective, batch.n_global
+    objective, n, classified = config.objective, batch.n_global, of_data if given else of_labelled
+    pool = class_pool(classified, labels, world) if objective.p_x_given_y_weight else None
     chains, of_kl = n if objective.samples_needed else 0, objective.kl_samples or n
     loss = jem_loss(
         of_data,
         of_samples,
-        of_data if given else of_labelled,
+        classified,
         labels,
         samples.labels,
         objective,
         Counts(n, chains, batch.n_labelled_global, of_kl),
         logits_joint=of_labelled if batch.labels is None else of_data,  # p(x, y) sees the images that p(x) does
         energy_kl=energy_kl,
+        mass=mass,
+        pool=pool,
     )
     network.zero_grad()
     torch.autograd.backward(loss.total * world.size)

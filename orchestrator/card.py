@@ -248,7 +248,7 @@ PICTURES = {
     "samples_buffer.png": "Samples: the replay buffer of the training, not selected",
     "neighbours_fresh.png": "Samples from the prior, and the training images nearest to each",
     "neighbours_buffer.png": "Samples of the replay buffer, and the training images nearest to each",
-    "chains.png": "What chains do in 100 times the steps of a training",
+    "chains.png": "What chains do in more steps than a training gives them",
 }
 
 

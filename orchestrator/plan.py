@@ -99,17 +99,20 @@ def passes(config: RunConfig) -> float:
 
     Training passes are of the data, of the samples, and of labelled images apart. The KL term costs 8 for each of its
     chains: E_theta and its gradient at x are 2, E_sg(theta) and its gradient at x' are 2, and the derivative of the
-    first two in weights and activations is twice what they are, 4. SAM makes twice of all this, the chains apart.
+    first two in weights and activations is twice what they are, 4. The approximate mass costs 6 in the same way, as it
+    has no E_sg(theta). SAM makes twice of all this, the chains apart.
     PYLD's inner steps, through the first layer alone, are not counted, nor what chains that adapt add to sgld.steps.
     """
     samples = config.objective.samples_needed
-    training = 3 * (1 + samples + labelled_apart(config)) + 8 * kl_share(config)
+    mass = 6 * bool(config.objective.mass_weight)
+    training = 3 * (1 + samples + labelled_apart(config)) + 8 * kl_share(config) + mass
     return 2 * config.sgld.steps * samples + (2 if config.optimizer.sam_rho else 1) * training
 
 
 def held_passes(config: RunConfig) -> float:
     """Batches whose activations are held at once; of the KL term's chains those at x, their gradients, those at x'."""
-    return 1 + config.objective.samples_needed + labelled_apart(config) + 3 * kl_share(config)
+    mass = 2 * bool(config.objective.mass_weight)  # at data, and their gradients
+    return 1 + config.objective.samples_needed + labelled_apart(config) + 3 * kl_share(config) + mass
 
 
 def labelled_apart(config: RunConfig) -> float:

@@ -85,10 +85,10 @@ def gen_about(section: Mapping[str, Any]) -> Iterator[str]:
 
 
 def chains_table(section: Mapping[str, Any]) -> Rows:
-    """At the training length, 10 and 100 times it."""
+    """At each of `evaluate.generate.lengths` times the training length."""
     head = ("steps", "energy", "gradient norm", "saturation", "acceptance", "acceptance at T = 1")
     rows = []
-    for times in (1, 10, 100):
+    for times in section["times"]:
         at = section["steps"].index(times * section["length"])
         values = [section[name][at][0] for name in ("energy", "grad_norm", "saturation")]
         values += [section["acceptance"][which][at] for which in ("own", "one")]

@@ -169,15 +169,14 @@ def chains(report: dict[str, Any]) -> bytes:
     for axes in grid:
         axes.set_xscale("log")
         axes.grid(alpha=0.25)
-        for times in (1, 10, 100):
+        for times in section["times"]:
             axes.axvline(1 + times * section["length"], color="black", linestyle=":", linewidth=0.8)
     grid[0].legend(fontsize=7)
     grid[3].legend(fontsize=7)
     for axes in grid[2:]:
         axes.set_xlabel("1 + SGLD steps")
-    about = (
-        f"{section['n']} chains from the prior; dotted: 1, 10 and 100 times the {section['length']:,} steps of training"
-    )
+    times = " and ".join(", ".join(map(str, section["times"])).rsplit(", ", 1))
+    about = f"{section['n']} chains from the prior; dotted: {times} times the {section['length']:,} steps of training"
     figure.suptitle(f"{_title(report)}\n{about}", fontsize=10)
     return _png(figure)
 

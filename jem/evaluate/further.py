@@ -20,6 +20,9 @@ from jem.evaluate.passes import Pass
 if TYPE_CHECKING:
     from jem.evaluate.suite import Subjects
 
+START = {"uniform": "uniform noise"} | dict.fromkeys(("gaussian", "data"), "the Gaussians that the prior fitted")
+"""Of chains that are scored, by `replay.prior`: none begins at a training image."""
+
 CONVENTIONS = {
     "eps, norms of attacks": "on the [0, 1] pixel scale",
     "robust accuracy": "share of the attacked images without an adversarial of norm eps or less found; images that "
@@ -70,7 +73,7 @@ def further(
     if "chains" in rows:
         marks = sampled.lengths(config, settings)[1]
         energy = -measured.logits["test"].logsumexp(dim=1)
-        report["chains"] = sampled.chains_section(rows["chains"], marks, config, energy)
+        report["chains"] = sampled.chains_section(rows["chains"], marks, config, energy, settings.generate.lengths)
         report["metrics"] |= dict(sampled.chain_metrics(report["chains"]))
     report |= {"left_out": left_out, "conventions": CONVENTIONS}
     samples = {name: to_bytes(images) for name, (images, _) in samplers.items()}
@@ -93,7 +96,8 @@ def _samplers(
         left_out["gen/fresh"] = f"{bad} of {len(images)} chains left every range"
     else:
         length = sampled.lengths(config, settings)[0]
-        yield "fresh", (images, f"chains of {length:,} SGLD steps from uniform noise, {len(images):,} of them")
+        start = START[config.replay.prior]
+        yield "fresh", (images, f"chains of {length:,} SGLD steps from {start}, {len(images):,} of them")
     if buffer is None:
         left_out["gen/buffer"] = "the model came without a replay buffer; a run's folder or checkpoint has one"
         return

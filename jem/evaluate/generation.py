@@ -18,7 +18,7 @@ from jem.data.augment import to_float
 from jem.energy import EnergyFn, Logits, energy_fn
 from jem.errors import ConfigError
 from jem.randomness import generator as stream
-from jem.sgld import along, differentiate, sgld_step
+from jem.sgld import along, bounded, differentiate, sgld_step
 from jem.train import WIDE
 
 FIGURES = {
@@ -165,7 +165,7 @@ def acceptance(
 
     min(1, exp(-(E(x') - E(x)) / T) q(x | x') / q(x' | x)),  x' ~ q(. | x) = N(x - step_size g(x), noise_scale^2 I)
 
-    (Hastings, 1970), g the gradient after `gradient_clamp`. Near 1 where SGLD samples exp(-E / T) truly; it falls with
+    (Hastings, 1970), g the gradient as `bounded`. Near 1 where SGLD samples exp(-E / T) truly; it falls with
     the step. At T = noise_scale^2 / (2 step_size) it is MALA's (Roberts & Tweedie, 1996). `sgld.clamp` is left out: a
     clamped move has no density. NaN without noise, as no move can then be undone.
     """
@@ -205,9 +205,7 @@ def _look(energy: EnergyFn, x: Tensor, sgld: SGLDConfig, probe: torch.Generator)
 def _drift(energy: EnergyFn, x: Tensor, sgld: SGLDConfig) -> tuple[Tensor, Tensor]:
     """Energies, and how far a step without noise moves down; float64, as what matters are differences."""
     value, gradient = differentiate(energy, x)
-    if sgld.gradient_clamp is not None:
-        gradient = gradient.clamp(-sgld.gradient_clamp, sgld.gradient_clamp)
-    return value.double(), sgld.step_size * gradient.double()
+    return value.double(), sgld.step_size * bounded(gradient, sgld).double()
 
 
 def _nearest(samples: Tensor, train: Tensor, k: int) -> tuple[Tensor, Tensor]:

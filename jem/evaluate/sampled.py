@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -32,7 +32,8 @@ def training_length(config: JEMConfig) -> int:
 
 def lengths(config: JEMConfig, settings: EvaluateConfig) -> tuple[int, list[int]]:
     """The length of a fresh chain that is scored, and the steps at which chains are looked at."""
-    return settings.generate.steps or training_length(config), generation.log_marks(training_length(config))
+    length = training_length(config)
+    return settings.generate.steps or length, generation.log_marks(length, settings.generate.lengths)
 
 
 def n_samples(settings: EvaluateConfig) -> int:
@@ -91,13 +92,20 @@ def gen_tags(section: Mapping[str, Any]) -> dict[str, str]:
 
 
 def chains_section(
-    rows: Float[Tensor, "n marks figures"], marks: list[int], config: JEMConfig, data_energy: Tensor
+    rows: Float[Tensor, "n marks figures"],
+    marks: list[int],
+    config: JEMConfig,
+    data_energy: Tensor,
+    times: Sequence[int] = (1, 10, 100),
 ) -> dict[str, Any]:
-    """Chains against steps: the median over chains and the 10 % and 90 % of them; mean acceptance."""
+    """Chains against steps: the median over chains and the 10 % and 90 % of them; mean acceptance.
+
+    `times`: multiples of the training length that are among `marks`.
+    """
     by_name = dict(zip(generation.DIAGNOSTICS, rows.double().unbind(dim=2), strict=True))
     sgld = config.sgld
     own, one = (by_name[f"acceptance_{which}"].mean(dim=0).tolist() for which in ("own", "one"))
-    section: dict[str, Any] = {"n": len(rows), "length": training_length(config), "steps": marks}
+    section: dict[str, Any] = {"n": len(rows), "length": training_length(config), "times": [*times], "steps": marks}
     section |= {name: _bands(by_name[name]) for name in ("energy", "grad_norm", "saturation")}
     return section | {
         "data_energy": _bands(data_energy.double()[:, None])[0],
@@ -110,8 +118,8 @@ def chains_section(
 
 
 def chain_metrics(section: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    """`chains/<times>x/<figure>`: medians at the training length, 10 and 100 times it."""
-    for times in (1, 10, 100):
+    """`chains/<times>x/<figure>`: medians at each of `lengths` times the training length."""
+    for times in section["times"]:
         at = section["steps"].index(times * section["length"])
         for name in ("energy", "grad_norm", "saturation"):
             if section[name][at][0] is not None:

@@ -58,6 +58,20 @@ CASES = {
         "sgld__conditional": True,
     },
     "KL": {"n": 7, **EXACT, "objective__kl_weight": 0.3},
+    "contrastive p(x|y), 3 labelled": {
+        "n": 7,
+        "labelled": 3,
+        **EXACT,
+        "objective__p_x_weight": 0.0,
+        "objective__p_x_given_y_weight": 0.5,
+    },
+    "DAT and the approximate mass": {
+        "n": 7,
+        **EXACT,
+        "sgld__normalize_gradient": True,
+        "objective__p_x_loss": "bce",
+        "objective__mass_weight": 0.3,
+    },
     "KL, an image a rank, class-conditional, convolutions, SAM": {
         "n": 4,
         **EXACT,

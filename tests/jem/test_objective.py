@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from jem.config import ObjectiveConfig
-from jem.objective import Counts, jem_loss
+from jem.energy import energy_fn
+from jem.objective import Counts, class_pool, contrastive_loss, detection, gradient_norms, jem_loss
+from jem.world import World
 
 WEIGHTS = {"p_y_given_x_weight": 0.7, "p_x_weight": 1.3, "p_x_y_weight": 0.4, "energy_l2": 0.2}
 OFF = dict.fromkeys(WEIGHTS, 0.0)
@@ -145,3 +147,96 @@ def test_a_classifiers_loss_has_no_term_of_samples(problem):
     )
     torch.testing.assert_close(loss.total, torch.nn.functional.cross_entropy(data @ w.T, labels))
     assert loss.energy_samples == 0
+
+
+# Without SGLD's samples, or without chains
+
+
+def test_the_least_of_dats_loss_is_at_the_log_ratio_of_the_densities():
+    """Of p and q over four states: E = log q - log p, and there the loss is 2 log 2 less twice their JS divergence."""
+    p, q = torch.tensor([[0.1, 0.2, 0.3, 0.4], [0.4, 0.1, 0.4, 0.1]], dtype=torch.float64)
+    energies = torch.zeros(4, dtype=torch.float64, requires_grad=True)
+
+    def loss(e):
+        of_data, of_samples = detection(e, e)
+        return (p * of_data).sum() + (q * of_samples).sum()
+
+    optimizer = torch.optim.LBFGS([energies], max_iter=200, tolerance_grad=1e-12, tolerance_change=1e-14)
+
+    def closure():
+        optimizer.zero_grad()
+        value = loss(energies)
+        value.backward()
+        return value
+
+    optimizer.step(closure)
+    torch.testing.assert_close(energies.detach(), q.log() - p.log(), atol=1e-5, rtol=0)
+    middle = (p + q) / 2
+    js = ((p * (p / middle).log()).sum() + (q * (q / middle).log()).sum()) / 2
+    assert math.isclose(loss(energies).item(), 2 * math.log(2) - 2 * js.item(), abs_tol=1e-9)
+
+
+def test_dats_gradient_is_that_of_the_gap_with_every_image_weighed_by_how_far_it_is_from_told_apart(problem):
+    problem[-1].requires_grad_(True)
+    weights = OFF | {"p_x_weight": 1.3}
+    found = loss_of(problem, weights | {"p_x_loss": "bce"}).total
+    (gradient,) = torch.autograd.grad(found, problem[-1])
+    data, samples, *_, w = [t.detach() for t in problem]
+    sure = [torch.sigmoid(sign * -(x @ w.T).logsumexp(dim=1))[:, None] for x, sign in ((data, 1), (samples, -1))]
+    of_data, of_samples = (
+        (s * (x @ w.T).softmax(dim=1)).T @ x / len(x) for s, x in zip(sure, (data, samples), strict=True)
+    )
+    torch.testing.assert_close(gradient, 1.3 * (of_samples - of_data), atol=1e-12, rtol=0)
+
+
+def test_the_norm_of_a_gaussians_score_is_the_distance_from_its_mean_over_its_variance(generator):
+    """E(x) = |x - m|^2 / (2 v), so that ||d log p/dx|| = |x - m| / v, and its derivative in v is -|x - m| / v^2."""
+    x = torch.randn(6, 2, 3, generator=generator, dtype=torch.float64)
+    v = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+    norms = gradient_norms(lambda z: (z - 0.3).square().flatten(1).sum(dim=1) / (2 * v), x)
+    distances = (x - 0.3).flatten(1).norm(dim=1)
+    torch.testing.assert_close(norms.detach(), distances / v.detach())
+    (slope,) = torch.autograd.grad(norms.sum(), v)
+    torch.testing.assert_close(slope, -distances.sum() / v.detach() ** 2)
+
+
+def test_the_approximate_mass_is_a_term_of_the_loss_whose_gradient_is_that_of_finite_differences(generator):
+    net = torch.nn.Sequential(torch.nn.Linear(5, 4), torch.nn.Tanh(), torch.nn.Linear(4, C)).double()
+    x = torch.randn(DATA, 5, generator=generator, dtype=torch.float64)
+    logits, labels, none = net(x).detach(), torch.zeros(DATA, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)
+
+    def loss():
+        mass = gradient_norms(energy_fn(net), x)
+        config = ObjectiveConfig(p_x_weight=0, mass_weight=0.6)
+        return jem_loss(logits, logits[:0], logits, labels, none, config, Counts(DATA, 0, DATA), mass=mass).total
+
+    torch.autograd.backward(loss())
+    for parameter in net.parameters():
+        flat = parameter.detach().view(-1)
+        for i in range(0, len(flat), 3):
+            at = flat[i].item()
+            ends = []
+            for there in (at + 1e-5, at - 1e-5):
+                flat[i] = there
+                ends.append(loss().item())
+            flat[i] = at
+            gradient = 0.0 if parameter.grad is None else parameter.grad.view(-1)[i].item()
+            assert math.isclose((ends[0] - ends[1]) / 2e-5, gradient, abs_tol=1e-8)
+
+
+def test_the_contrastive_loss_is_that_of_a_softmax_over_the_images(generator):
+    logits = torch.randn(LABELLED + DATA, C, generator=generator, dtype=torch.float64, requires_grad=True)
+    labels = torch.randint(C, (LABELLED + DATA,), generator=generator)
+    found = contrastive_loss(logits, labels, class_pool(logits, labels, World()))
+    expected = -logits.log_softmax(dim=0).gather(1, labels[:, None]).mean()
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, logits, retain_graph=True)[0] for loss in (found, expected)))
+
+
+def test_the_contrastive_loss_does_not_care_for_what_is_added_to_a_class_everywhere(generator):
+    """It is p(x|y): how likely y is, is left to cross-entropy."""
+    logits = torch.randn(DATA, C, generator=generator, dtype=torch.float64)
+    labels = torch.randint(C, (DATA,), generator=generator)
+    more = logits + torch.tensor([3.0, -2.0, 0.5, 7.0], dtype=torch.float64)
+    one, other = (contrastive_loss(f, labels, class_pool(f, labels, World())) for f in (logits, more))
+    torch.testing.assert_close(one, other)

@@ -102,6 +102,25 @@ def test_gradient_clamp_bounds_each_component_of_a_steps_gradient_and_not_the_no
     assert (noisy - x).abs().max() > 1.25
 
 
+@pytest.mark.parametrize("k", [1e-6, 1.0, 1e6])
+def test_a_normalised_step_is_step_size_long_down_the_gradient_however_steep(k, generator):
+    x = torch.randn(5, 2, 3, generator=generator, dtype=torch.float64)
+    config = SGLDConfig(step_size=0.3, noise_scale=0.0, normalize_gradient=True)
+    moved, transition = sgld_step(quadratic(k), x, config, generator)
+    lengths = x.flatten(1).norm(dim=1)
+    torch.testing.assert_close(moved, x * (1 - 0.3 / lengths)[:, None, None], atol=1e-12, rtol=0)
+    torch.testing.assert_close(transition.grad_norm, k * lengths)
+
+
+def test_a_normalised_step_leaves_a_chain_at_rest_and_does_not_hide_a_lost_one(generator):
+    x = torch.tensor([[0.0, 0.0], [float("nan"), 1.0], [3.0, 4.0]])
+    config = SGLDConfig(step_size=1.0, noise_scale=0.0, normalize_gradient=True)
+    moved, _ = sgld_step(quadratic(1.0), x, config, generator)
+    assert moved[0].tolist() == [0, 0]
+    assert moved[1].isnan().all()
+    torch.testing.assert_close(moved[2], torch.tensor([3 - 0.6, 4 - 0.8]))
+
+
 def test_a_proximal_step_is_bounded_by_step_size_times_gradient_clamp_and_ends_within_the_clamp(generator):
     config = SGLDConfig(step_size=1.0, noise_scale=0.0, clamp=1.0, gradient_clamp=0.1, steps=1)
     x = torch.linspace(-1, 1, 9)[:, None]

@@ -65,6 +65,7 @@ OTHER = {
     "sgld.clamp": "1.5",
     "replay.capacity": "777",
     "replay.reinit_prob": "0.1",
+    "sgld.normalize_gradient": "true",
     "sgld.inner_steps": "7",
     "sgld.final_step_size": "0.1",
     "sgld.final_noise_scale": "0.001",
@@ -78,6 +79,9 @@ OTHER = {
     "objective.p_x_weight": "2",
     "objective.p_x_y_weight": "1",
     "objective.energy_l2": "0.5",
+    "objective.p_x_loss": "bce",
+    "objective.p_x_given_y_weight": "0.5",
+    "objective.mass_weight": "0.3",
     "objective.kl_weight": "0.3",
     "objective.kl_samples": "7",
     "workers": "3",
@@ -127,6 +131,7 @@ OTHER = {
     "evaluate.generate.steps": "7",
     "evaluate.generate.inception": "/a.pth",
     "evaluate.generate.chains": "3",
+    "evaluate.generate.lengths": "[1, 2]",
 }
 NEEDS = {
     "data.stream": ("data.name=parquet", "data.root=/data"),
@@ -330,12 +335,15 @@ def test_values_that_do_not_go_together_are_found_in_all_groups_at_once():
         ),
         ("objective.kl_samples=7", "has no effect without objective.kl_weight; set that, to 0.3 say"),
         ("objective.kl_weight=1 objective.kl_samples=65", "is 65, must be at most batch_size (64): a step's chains"),
+        ("objective.p_x_loss=bce objective.p_x_weight=0", "is bce, which has no effect without objective.p_x_weight"),
+        ("sgld.normalize_gradient=true objective.kl_weight=1", "is positive, must be 0 with sgld.normalize_gradient"),
         ("objective.kl_weight=1 objective.p_x_weight=0", "is positive, but no chains are run; set objective.p_x_w"),
         ("optimizer.sam_adaptive=true", "has no effect without optimizer.sam_rho; set that, to 0.5 say"),
         ("objective.p_x_y_weight=1", "sgld.conditional: is false, must be true"),
         ("evaluate.ema=true", "no weights are averaged; set optimizer.ema_decay"),
         ("evaluate.model_name=a/b", "is 'a/b', must be letters, digits, dots, dashes and underscores"),
         ("evaluate.attack.linf=[0.2,0.1]", "must have entries that rise from one to the next"),
+        ("evaluate.generate.lengths=[10,1]", "must have entries that rise from one to the next"),
         ("evaluate.attack.l2=[]", "must have entries that rise"),
         ("evaluate.attack.linf=[0.1,2]", "at most 1"),
         ("evaluate.champion=nlls", "did you mean 'nll'?"),
@@ -452,6 +460,7 @@ def test_a_recipe_inherits_from_a_bundled_one_or_from_a_file_beside_it(recipe):
     assert dataclasses.asdict(config.sgld) == {
         **{"steps": 3, "step_size": 2.0, "noise_scale": 0.5},
         **{"conditional": False, "clamp": None, "gradient_clamp": None, "inner_steps": 1},
+        **{"normalize_gradient": False},
         **{"final_step_size": None, "final_noise_scale": None, "max_steps": None},
     }
     assert config.replay.capacity == 600

@@ -59,6 +59,7 @@ def test_the_figures_of_a_small_network_are_those_by_hand(capsys):
         (("objective.kl_weight=0.3", "optimizer.sam_rho=0.5"), 68),
         (("optimizer.sam_rho=0.5",), 52),  # 20 x 2F + 2 x 6F
         (("objective.p_x_weight=0", "optimizer.sam_rho=0.5"), 6),
+        (("objective.p_x_weight=0", "objective.mass_weight=0.1"), 9),  # the norm of a gradient, differentiated: 6
         (("sgld.steps=5", "data.augment_p_x=false", "optimizer.sam_rho=0.5"), 28),  # SADA
     ],
 )
@@ -85,6 +86,7 @@ class Counted(TorchDispatchMode):
         {"data.augment_p_x": False, "data.noise_std": 0.1},
         {"optimizer.sam_rho": 0.5},
         {"objective.kl_weight": 0.3},
+        {"objective.p_x_weight": 0.0, "objective.mass_weight": 0.1},
         {"objective.kl_weight": 0.3, "objective.kl_samples": 4, "optimizer.sam_rho": 0.5},
     ],
     ids=str,

@@ -51,6 +51,9 @@ KINDS = {
     ),
     "a network of one's own with dropout": ("model.options.drop=0.5",),
     "SAM": ("optimizer.sam_rho=0.1", "model.options.drop=0.5", "model.norm=batch"),
+    "DAT and the approximate mass": (
+        *("sgld.normalize_gradient=true", "objective.p_x_loss=bce", "objective.mass_weight=0.1"),
+    ),
     "KL term, p(x) not augmented": ("objective.kl_weight=0.3", "objective.kl_samples=3", "data.augment_p_x=false"),
 }
 
