@@ -18,6 +18,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import ablation_tables as ablation
 import claims
 import robust_tables as robust
 import speed_tables as speed
@@ -222,6 +223,12 @@ TABLES = {
     "robust-digits": Table(("robustness_digits.json",), robust.worst),
     "robust-digits-attacks": Table(("robustness_digits.json",), robust.attacks),
     "robust-digits-masking": Table(("robustness_digits.json",), robust.masking),
+    "ablation-digits": Table(("ablation_digits",), ablation.figures),
+    "ablation-digits-differences": Table(("ablation_digits",), ablation.differences),
+    "ablation-digits-scores": Table(
+        ("ablation_digits",), partial(ablation.scores, ["baseline", "combined", "classifier"])
+    ),
+    "ablation-digits-settings": Table(("ablation_digits",), ablation.settings),
     "samples-digits": Table(("robustness_digits.json",), robust.generation),
     "samples-digits-steps": Table(("robustness_digits.json",), robust.by_step),
     "samples-digits-chains": Table(("robustness_digits.json",), robust.chains),
@@ -287,7 +294,7 @@ def _built(region: Region, root: Path, wrong: list[str]) -> str | None:
         return None
     entry = TABLES[region.name]
     paths = [root / RESULTS / name for name in entry.data]
-    missing = [str(path.relative_to(root)) for path in paths if not path.is_file()]
+    missing = [str(path.relative_to(root)) for path in paths if not path.exists()]
     if missing:
         remedy = f"git checkout -- {' '.join(missing)}, or measure again"
         wrong.append(f"{here}: table {region.name} is made of {' and '.join(missing)}, not there: {remedy}")

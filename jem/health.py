@@ -48,10 +48,14 @@ class Sign(NamedTuple):
 class Health:
     """Judges every look at a run against what the same run looked like while it was well."""
 
-    def __init__(self, n_classes: int, samples: bool) -> None:
-        """`samples`: whether the run has chains; a plain classifier does not."""
+    def __init__(self, n_classes: int, samples: bool, detects: bool = False) -> None:
+        """`samples`: whether the run has chains; a plain classifier does not. `detects`: whether its loss is DAT's: the
+        gap then says how well samples are told from data, is wide while chains are on their way, and drives
+        nothing away.
+        """
         self.chance = 1 / n_classes
         self.samples = samples
+        self.detects = detects
         self.known: list[dict[str, float]] = []  # the last healthy looks, oldest first
         self.odd: dict[str, int] = {}  # for how many looks in a row each kind of sign has been there
         self.last_energy: float | None = None  # of data, at the last look
@@ -103,9 +107,9 @@ class Health:
         if abs(gap) > LOST_GAP:
             yield Sign("lost gap", 1, f"energy gap {gap:.3g}, beyond +-{LOST_GAP:g}")
             return
-        if abs(gap) > GAP:
+        if abs(gap) > GAP and not self.detects:
             yield Sign("wide gap", SLOW, f"energy gap {gap:.3g}, for {SLOW} looks beyond +-{GAP:g}")
-        if usual is not None:
+        if usual is not None and not self.detects:
             width = max(2.0, 12 * self._deviation("gap"))
             if abs(gap - usual) > width:
                 within = f"[{usual - width:.3g}, {usual + width:.3g}]"

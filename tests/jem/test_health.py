@@ -113,6 +113,14 @@ def test_the_state_stays_small_however_long_the_run():
     assert len(json.dumps(health.state())) < 3000
 
 
+def test_a_gap_is_no_sign_where_the_loss_is_that_of_a_detector_but_one_without_bounds_is():
+    detector = Health(10, samples=True, detects=True)
+    assert looks_until_sick(gap(-17), most=40, health=detector) is None
+    n, reason = looks_until_sick(gap(-1001), health=detector)
+    assert n == 1
+    assert "energy gap -1e+03, beyond +-1000" in reason
+
+
 # Each sign, on both sides of its bound
 
 

@@ -342,7 +342,7 @@ def test_help_tells_of_arms():
 def test_the_bundled_ablation_is_there():
     sweep = load_sweep("ablation_digits", [])
     first, *_, last = names = list(points(sweep))
-    assert (first, last, len(names)) == ("baseline", "classifier", 20)
+    assert (first, last, len(names)) == ("baseline", "classifier", 21)
     assert points(sweep)["baseline"] == {}, "the paper's techniques alone"
     assert (sweep.config.base, sweep.config.seeds, sweep.run.workers) == ("digits_paper", 5, 1)
     assert sweep.run.recovery.max == 0, "what diverges is counted"
