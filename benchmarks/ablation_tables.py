@@ -80,6 +80,19 @@ def settings(folder: Path) -> str:
     return table(("arm", "settings"), [(arm, _told(changes)) for arm, changes in found.items()])
 
 
+def tuning(path: Path) -> str:
+    """NLL of the validation split by learning rate, one run each; bold: the best."""
+    arms = json.loads(path.read_text())["arms"]
+    rates = sorted({rate for tried in arms.values() for rate in tried}, key=float)
+    order = sorted(arms, key=lambda arm: (arm != BASELINE, arm == CLASSIFIER, arm))
+    rows = []
+    for arm in order:
+        finished = {rate: run["val/nll"] for rate, run in arms[arm].items() if run["status"] == "finished"}
+        best = min(finished, key=lambda rate: finished[rate], default=None)
+        rows.append([arm, *(_tried(arms[arm].get(rate), rate == best) for rate in rates)])
+    return table(("arm", *rates), rows)
+
+
 def read(folder: Path) -> Trials:
     """The arms, baseline first and classifier last."""
     found: Trials = {}
@@ -126,6 +139,14 @@ def _seconds_a_step(seeds: Mapping[int, Mapping[str, Any]]) -> float | None:
     """The median over finished trials: another process may have disturbed one."""
     found: Sequence[float] = sorted(t["seconds"] / t["steps"] for t in seeds.values() if t["status"] == "finished")
     return found[len(found) // 2] if found else None
+
+
+def _tried(run: Mapping[str, Any] | None, best: bool) -> str:
+    if run is None:
+        return ""
+    if run["status"] != "finished":
+        return f"{run['status']}, step {run['steps']:,}"
+    return f"**{run['val/nll']:.4f}**" if best else f"{run['val/nll']:.4f}"
 
 
 def _told(changes: Mapping[str, Any]) -> str:

@@ -37,7 +37,7 @@ def run(config: RunConfig, data: DataSet, figures_too: bool) -> dict[str, Any]:
     """Train one seed to its end, looking at it as a run does; what was seen, and what it came to."""
     state = start(config, data.image_shape, data.n_classes)
     batches = BatchSource(data.train, config.data, config.batch_size, config.seed)
-    meter, health = Meter(HERE), Health(data.n_classes, config.objective.samples_needed)
+    meter, health = Meter(HERE), Health.of(config.objective, data.n_classes)
     best, odd = 0.0, 0
     looks: list[dict[str, float]] = []
     sick: tuple[int, str] | None = None

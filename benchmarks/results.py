@@ -226,8 +226,9 @@ TABLES = {
     "ablation-digits": Table(("ablation_digits",), ablation.figures),
     "ablation-digits-differences": Table(("ablation_digits",), ablation.differences),
     "ablation-digits-scores": Table(
-        ("ablation_digits",), partial(ablation.scores, ["baseline", "combined", "classifier"])
+        ("ablation_digits",), partial(ablation.scores, ["baseline", "combined", "combined_dat", "classifier"])
     ),
+    "ablation-digits-tuning": Table(("ablation_digits_tuning.json",), ablation.tuning),
     "ablation-digits-settings": Table(("ablation_digits",), ablation.settings),
     "samples-digits": Table(("robustness_digits.json",), robust.generation),
     "samples-digits-steps": Table(("robustness_digits.json",), robust.by_step),

@@ -212,8 +212,8 @@ class ObjectiveConfig(Settings):
     )
 
     def conflicts(self) -> Iterator[tuple[str, str]]:
-        if not (self.p_y_given_x_weight or self.p_x_weight or self.p_x_y_weight):
-            yield "p_x_weight", "all weights are 0: nothing would be trained; give one of the three a positive value"
+        if not (self.p_y_given_x_weight or self.p_x_weight or self.p_x_y_weight or self.p_x_given_y_weight):
+            yield "p_x_weight", "all weights of p are 0: nothing would be trained; give one of them a positive value"
         if self.p_x_loss == "bce" and not self.p_x_weight:
             yield "p_x_loss", "is bce, which has no effect without objective.p_x_weight; set that, or leave this out"
         if self.kl_weight and not self.samples_needed:
@@ -347,6 +347,11 @@ class JEMConfig(Settings):
         if self.objective.kl_weight and self.sgld.normalize_gradient:
             message = "is positive, must be 0 with sgld.normalize_gradient: it differentiates a step that is as steep"
             yield "objective.kl_weight", message
+        if self.objective.p_x_loss == "bce" and self.sgld.max_steps is not None:
+            message = "does not go with objective.p_x_loss=bce, whose energy gap says nothing of chains; leave one out"
+            yield "sgld.max_steps", message
+        if self.sgld.normalize_gradient and self.sgld.inner_steps > 1:
+            yield "sgld.inner_steps", "must be 1 with sgld.normalize_gradient: a step is of one length; leave one out"
         if (self.objective.kl_samples or 1) > self.batch_size:
             yield (
                 "objective.kl_samples",
@@ -362,10 +367,10 @@ class JEMConfig(Settings):
     def _conflicts_of_p_x(self) -> Iterator[tuple[str, str]]:
         if self.data.augment_p_x:
             return
-        if not self.objective.samples_needed:
+        if not (self.objective.samples_needed or self.objective.mass_weight):
             yield (
                 "data.augment_p_x",
-                "is false, but nothing but cross-entropy is trained; set objective.p_x_weight, or leave this out",
+                "is false, but no term sees those images; set objective.p_x_weight, or leave this out",
             )
         if self.objective.p_x_y_weight > 0 and self.data.labels_per_class is not None:
             yield (

@@ -14,6 +14,8 @@ from itertools import pairwise
 from statistics import median
 from typing import Any, NamedTuple
 
+from jem.config import ObjectiveConfig
+
 WINDOW = 24
 """Healthy looks that are remembered: 600 steps, with a look every 25."""
 
@@ -59,6 +61,10 @@ class Health:
         self.known: list[dict[str, float]] = []  # the last healthy looks, oldest first
         self.odd: dict[str, int] = {}  # for how many looks in a row each kind of sign has been there
         self.last_energy: float | None = None  # of data, at the last look
+
+    @classmethod
+    def of(cls, objective: ObjectiveConfig, n_classes: int) -> Health:
+        return cls(n_classes, objective.samples_needed, objective.p_x_loss == "bce" and not objective.p_x_y_weight)
 
     def judge(self, figures: dict[str, float], last: bool = False) -> str | None:
         """Why the run is sick, in words; None if it is not.

@@ -119,15 +119,13 @@ def detection(
 
 
 def class_pool(logits: Float[Tensor, "n c"], labels: Int[Tensor, " n"], world: World) -> ClassPool:
-    """The sums over all ranks' rows that `contrastive_loss` needs; held fixed, the same on every rank.
-
-    In float64, where exp holds logits up to 709; beyond, the loss is not finite and its update is skipped.
-    """
+    """The sums over all ranks' rows that `contrastive_loss` needs; held fixed, the same on every rank."""
     with torch.no_grad():
-        exponentials = logits.double().exp().sum(dim=0)
-        counts = torch.bincount(labels, minlength=logits.shape[1]).double()
-        both = world.sum(torch.stack([exponentials, counts])).to(torch.float64)
-        return ClassPool(both[0].log().to(logits.dtype), both[1].to(logits.dtype))
+        told = logits.new_zeros(2, world.size, logits.shape[1])  # each rank fills its row; one without images: log 0
+        told[0, world.rank] = logits.logsumexp(dim=0)
+        told[1, world.rank] = torch.bincount(labels, minlength=logits.shape[1])
+        log_sums, counts = world.sum(told)
+        return ClassPool(log_sums.logsumexp(dim=0), counts.sum(dim=0))
 
 
 def contrastive_loss(logits: Float[Tensor, "n c"], labels: Int[Tensor, " n"], pool: ClassPool) -> Float[Tensor, ""]:

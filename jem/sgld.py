@@ -149,8 +149,11 @@ def bounded(gradient: Float[Tensor, "n ..."], config: SGLDConfig) -> Float[Tenso
     One of 0 stays 0, and one that is not finite stays so: a chain at rest rests, a lost one is found.
     """
     if config.normalize_gradient:
-        norms = gradient.flatten(1).norm(dim=1).clamp(min=torch.finfo(gradient.dtype).tiny)
-        gradient = gradient / norms.view(-1, *[1] * (gradient.dim() - 1))
+        shape = (-1, *[1] * (gradient.dim() - 1))
+        largest = gradient.flatten(1).abs().amax(dim=1)  # first, as squares of what is small or large have no float
+        gradient = gradient / torch.where(largest == 0, 1.0, largest).view(shape)
+        norms = gradient.flatten(1).norm(dim=1)
+        gradient = gradient / torch.where(norms == 0, 1.0, norms).view(shape)
     if config.gradient_clamp is not None:
         gradient = gradient.clamp(-config.gradient_clamp, config.gradient_clamp)
     return gradient

@@ -69,9 +69,13 @@ def model_card(report: dict[str, Any] | None, served: dict[str, Any] | None, lin
 
 
 def kind(config: dict[str, Any]) -> str:
-    """`JEM`, or `classifier` where the loss has no term of p(x)."""
-    weights = [config.get(key, DEFAULTS[key]) for key in ("objective.p_x_weight", "objective.p_x_y_weight")]
-    return "JEM" if any(weights) else "classifier"
+    """`JEM`; `detector`, whose energy was trained to tell samples from data; `classifier`: no chains were run."""
+    given = {key: config.get(key, DEFAULTS[key]) for key in DEFAULTS if key.startswith("objective.")}
+    if given["objective.p_x_y_weight"]:
+        return "JEM"
+    if given["objective.p_x_weight"]:
+        return "detector" if given["objective.p_x_loss"] == "bce" else "JEM"
+    return "classifier"
 
 
 def _facts(report: dict[str, Any] | None, served: dict[str, Any] | None) -> dict[str, Any]:
@@ -100,9 +104,13 @@ def _what(facts: dict[str, Any]) -> Iterator[str]:
         "JEM": "A **Joint Energy Model** (Grathwohl et al., [ICLR 2020](https://arxiv.org/abs/1912.03263)): one "
         "network f whose logits are a classifier, p(y|x) = softmax f(x), and a density, log p(x) = logsumexp f(x) + "
         "constant, trained as both.",
+        "detector": "A **hybrid classifier** (after DAT, 2026, and Joint Energy Models, Grathwohl et al., [ICLR 2020]"
+        "(https://arxiv.org/abs/1912.03263)): one network f whose logits are a classifier, p(y|x) = softmax f(x), and "
+        "a detector that tells data from its own samples by logsumexp f(x), called log p(x) here. That is a log ratio "
+        "of two densities, not one.",
         "classifier": "A **classifier**. Its logits are read as a Joint Energy Model's too (Grathwohl et al., "
-        "[ICLR 2020](https://arxiv.org/abs/1912.03263)), log p(x) = logsumexp f(x) + constant, but no term of its "
-        "loss trained that density.",
+        "[ICLR 2020](https://arxiv.org/abs/1912.03263)), log p(x) = logsumexp f(x) + constant, but no samples were "
+        "drawn in its training, and so it never learnt that density.",
     }
     yield trained[facts["kind"]]
     size = f", {model['parameters']:,} parameters" if model.get("parameters") else ""
@@ -292,7 +300,9 @@ def _limits(report: dict[str, Any] | None, facts: dict[str, Any]) -> Iterator[st
         )
         lines.append(f"{whose} had Gaussian noise of standard deviation {noise:g} on the [-1, 1] scale{ours}")
     if facts["kind"] == "classifier":
-        lines.append("it was trained as a classifier: nothing made its log-density a density of images")
+        lines.append("it was trained without chains: nothing made its log-density a density of images")
+    if facts["kind"] == "detector":
+        lines.append("its log-density is a log ratio of the data's density and its samples', not a density of images")
     yield "\n".join(f"- {line[0].upper()}{line[1:]}." for line in lines)
 
 

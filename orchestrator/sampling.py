@@ -249,7 +249,7 @@ def _problems(
 
     said = "command line"
     if not opened.config.objective.samples_needed:
-        yield Problem("MODEL", f"{opened.source} is a plain classifier, trained without p(x): there is nothing to draw")
+        yield Problem("MODEL", f"{opened.source} was trained without chains: there is nothing to draw")
     elif config.init == "buffer" and opened.buffer is None:
         where = opened.run.uri if opened.run else opened.checkpoint
         remedy = f", such as {where}" if where else ""

@@ -94,7 +94,7 @@ class Training:
     def __post_init__(self) -> None:
         self.config = self.job.config
         self.meter = Meter(self.device, readers=2)
-        self.health = new_health(self.config, self.data.n_classes)
+        self.health = Health.of(self.config.objective, self.data.n_classes)
         self.control = Control(self.world, self.job.root, self.device)
         self.watchdog = Watchdog(self.config.recovery.hang_timeout)
         self.log = EventLog(self.job.log_path) if self.world.rank == 0 else None
@@ -201,7 +201,7 @@ class Training:
         sums = checkpoint.restore(manifest, self.state, self.world, self.config.seed)
         state, info, made = self.state, manifest.info, self.recovery.count
         self.meter.load(sums["meter"])
-        self.health = new_health(self.config, self.data.n_classes)
+        self.health = Health.of(self.config.objective, self.data.n_classes)
         self.health.load(info["health"])
         self.metrics = dict(info["metrics"])
         self.saved = self.checkpoints.newest = manifest.directory
@@ -449,11 +449,6 @@ class Training:
             network = copy.deepcopy(network)
             network.load_state_dict(self.best["weights"])
         return network
-
-
-def new_health(config: RunConfig, n_classes: int) -> Health:
-    objective = config.objective
-    return Health(n_classes, objective.samples_needed, detects=objective.p_x_loss == "bce")
 
 
 def _better(one: dict[str, Any], other: dict[str, Any]) -> bool:

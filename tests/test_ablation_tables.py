@@ -35,7 +35,7 @@ def folder(tmp_path):
 
 
 def rows(text):
-    head, _, *lines = [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in text.splitlines()]
+    head, _, *lines = [[cell.strip() for cell in line[1:-1].split("|")] for line in text.splitlines()]
     return {line[0]: dict(zip(head, line, strict=True)) for line in lines}
 
 
@@ -71,3 +71,15 @@ def test_without_a_baseline_there_is_nothing_to_compare_with(tables, tmp_path):
     kept(tmp_path, "alone", 0, 0.9)
     with pytest.raises(ValueError, match="no trial of baseline"):
         tables.figures(tmp_path)
+
+
+def test_the_best_rate_of_those_that_finished_is_bold(tables, tmp_path):
+    def run(nll, status="finished"):
+        return {"status": status, "steps": 1200, "val/nll": nll}
+
+    arms = {"sam": {"1e-3": run(0.2), "4e-3": run(0.1), "5e-4": run(0.05, "diverged")}, "baseline": {"1e-3": run(0.3)}}
+    (tmp_path / "tuning.json").write_text(json.dumps({"arms": arms}))
+    found = rows(tables.tuning(tmp_path / "tuning.json"))
+    assert list(found) == ["baseline", "sam"]
+    assert found["sam"] == {"arm": "sam", "5e-4": "diverged, step 1,200", "1e-3": "0.2000", "4e-3": "**0.1000**"}
+    assert found["baseline"] == {"arm": "baseline", "5e-4": "", "1e-3": "**0.3000**", "4e-3": ""}

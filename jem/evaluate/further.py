@@ -20,7 +20,7 @@ from jem.evaluate.passes import Pass
 if TYPE_CHECKING:
     from jem.evaluate.suite import Subjects
 
-START = {"uniform": "uniform noise"} | dict.fromkeys(("gaussian", "data"), "the Gaussians that the prior fitted")
+START = {"uniform": "uniform noise"} | dict.fromkeys(("gaussian", "data"), "the prior, its Gaussians")
 """Of chains that are scored, by `replay.prior`: none begins at a training image."""
 
 CONVENTIONS = {

@@ -197,6 +197,8 @@ def _look(energy: EnergyFn, x: Tensor, sgld: SGLDConfig, probe: torch.Generator)
     value, gradient = differentiate(energy, x)
     own = sgld.noise_scale**2 / (2 * sgld.step_size)
     taken_own, taken_one = acceptance(energy, x, (own, 1.0), sgld, probe)
+    if sgld.normalize_gradient:  # steps that do not get shorter where it is flat have no temperature of their own
+        taken_own = torch.full_like(taken_own, float("nan"))
     saturated = (x.abs() >= (sgld.clamp or WIDE)).flatten(1).double().mean(dim=1)
     shares = {"saturation": saturated, "acceptance_own": taken_own, "acceptance_one": taken_one}
     return {"energy": value.double(), "grad_norm": gradient.flatten(1).norm(dim=1).double()} | shares

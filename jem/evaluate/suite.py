@@ -114,17 +114,22 @@ def prepare(network: nn.Module, data: DataSet, config: JEMConfig, settings: Eval
         rows = evenly(len(test), counts(settings).images)
         labels = {"attacked": data.test.labels[rows], "noise": torch.arange(len(data.classes))}
         images |= {"attacked": test[rows], "noise": uniform((len(data.classes), *data.image_shape), _stream("distal"))}
-        prior = make_prior(config, data.train, data.n_classes, fit_classes(config, data.train, data.n_classes), "cpu")
-        for stream, key, n in (
-            ("fresh", "fresh starts", n_samples(settings)),
-            ("chains", "chain starts", settings.generate.chains),
-        ):
-            images[key] = prior.without_images().sample(torch.arange(n) % data.n_classes, _stream(stream))
+        if config.objective.samples_needed:
+            images |= _starts(config, settings, data)
     for key, name in others.check_sets(names, config.data).items():
         images[key], how[key] = others.load_outliers(name, test, config.data, settings.max_images)
     todo = [*needed(settings.complete, tuple(how), left_out), *more]
     costs = {which.what: passes.cost(which.what, config, settings) for which in todo}
     return Subjects(images, how, todo, left_out, labels, costs)
+
+
+def _starts(config: JEMConfig, settings: EvaluateConfig, data: DataSet) -> dict[str, Tensor]:
+    """Where chains begin, those that are scored and those that are watched: at no training image."""
+    fitted = fit_classes(config, data.train, data.n_classes)
+    prior = make_prior(config, data.train, data.n_classes, fitted, "cpu").without_images()
+    n_of = {"fresh": n_samples(settings), "chains": settings.generate.chains}
+    names = {"fresh": "fresh starts", "chains": "chain starts"}
+    return {names[key]: prior.sample(torch.arange(n) % data.n_classes, _stream(key)) for key, n in n_of.items()}
 
 
 def _attacks_and_samples(config: JEMConfig, settings: EvaluateConfig) -> tuple[list[Pass], dict[str, str]]:
@@ -135,8 +140,8 @@ def _attacks_and_samples(config: JEMConfig, settings: EvaluateConfig) -> tuple[l
     else:
         found += passes.of_attacks(config, settings)
     if not config.objective.samples_needed:
-        left_out |= dict.fromkeys(("gen", "chains"), "a plain classifier: it was trained without chains")
-        left_out["robust_k"] = "a plain classifier refines no image: its chains were never trained"
+        left_out |= dict.fromkeys(("gen", "chains"), "it was trained without chains")
+        left_out["robust_k"] = "it refines no image: it was trained without chains"
     elif importlib.util.find_spec("torch_fidelity") is None:
         left_out["gen"] = "torch-fidelity, which has FID and its kin, is not installed: pip install torch-fidelity"
     return found + passes.of_samples(config), left_out

@@ -233,6 +233,14 @@ def test_the_contrastive_loss_is_that_of_a_softmax_over_the_images(generator):
     torch.testing.assert_close(*(torch.autograd.grad(loss, logits, retain_graph=True)[0] for loss in (found, expected)))
 
 
+@pytest.mark.parametrize("far", [-3000.0, 0.0, 3000.0])
+def test_a_pool_holds_logits_of_any_size(far, generator):
+    logits = far + torch.randn(DATA, C, generator=generator, dtype=torch.float64)
+    pool = class_pool(logits, torch.zeros(DATA, dtype=torch.int64), World())
+    torch.testing.assert_close(pool.log_sum, logits.logsumexp(dim=0))
+    assert pool.labelled.tolist() == [DATA, 0, 0, 0]
+
+
 def test_the_contrastive_loss_does_not_care_for_what_is_added_to_a_class_everywhere(generator):
     """It is p(x|y): how likely y is, is left to cross-entropy."""
     logits = torch.randn(DATA, C, generator=generator, dtype=torch.float64)

@@ -8,7 +8,7 @@ from jem.config import ModelConfig, SGLDConfig
 from jem.energy import SplitEnergy, energy_fn, split_energy_fn
 from jem.errors import ConfigError
 from jem.models import make_network
-from jem.sgld import adapted_length, along, differentiate, pyld_step, sgld_chain, sgld_step
+from jem.sgld import adapted_length, along, bounded, differentiate, pyld_step, sgld_chain, sgld_step
 
 CHAINS = 40_000
 
@@ -110,6 +110,13 @@ def test_a_normalised_step_is_step_size_long_down_the_gradient_however_steep(k, 
     lengths = x.flatten(1).norm(dim=1)
     torch.testing.assert_close(moved, x * (1 - 0.3 / lengths)[:, None, None], atol=1e-12, rtol=0)
     torch.testing.assert_close(transition.grad_norm, k * lengths)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-25, 1.0, 1e20, 1e30])
+def test_a_gradient_whose_square_is_no_float_is_normalised_too(scale, generator):
+    x = scale * torch.randn(3, 4, generator=generator)
+    norms = bounded(x, SGLDConfig(normalize_gradient=True)).norm(dim=1)
+    torch.testing.assert_close(norms, torch.ones(3))
 
 
 def test_a_normalised_step_leaves_a_chain_at_rest_and_does_not_hide_a_lost_one(generator):

@@ -342,7 +342,11 @@ def test_samples_are_of_the_prior_and_of_the_buffer_and_a_classifier_has_none(da
     shown = np.frombuffer(base64.b64decode(report["grids"]["samples_buffer"]["pixels"]), np.uint8)
     assert np.array_equal(shown, measured.samples["buffer"].numpy().ravel())
     plain_classifier = small(
-        data__name="parquet", data__root="/nowhere", data__crop_padding=0, objective__p_x_weight=0.0
+        data__name="parquet",
+        data__root="/nowhere",
+        data__crop_padding=0,
+        objective__p_x_weight=0.0,
+        replay__prior="gaussian",  # which nothing starts from
     )
     report, measured = run(net, data, FEW, plain_classifier)
     assert list(report["robust"]["k"]) == ["0"]

@@ -34,7 +34,11 @@ def test_it_says_what_the_model_is_by_its_objective(card):
     report["model"]["config"]["objective.p_x_weight"] = 0.0
     text = model_card(report, made_card(report), {})
     assert "A **classifier**" in text.split("##")[0]
-    assert "trained as a classifier" in section(text, "Limits")
+    assert "trained without chains" in section(text, "Limits")
+    report["model"]["config"] |= {"objective.p_x_weight": 1.0, "objective.p_x_loss": "bce"}
+    text = model_card(report, made_card(report), {})
+    assert "tells data from its own samples" in text.split("##")[0]
+    assert "log ratio of the data's density and its samples'" in " ".join(section(text, "Limits").split())
 
 
 def test_a_model_with_either_term_of_the_density_is_a_jem():
@@ -42,6 +46,8 @@ def test_a_model_with_either_term_of_the_density_is_a_jem():
     without = DEFAULTS | {"objective.p_x_weight": 0.0}
     assert kind(without) == "classifier"
     assert kind(without | {"objective.p_x_y_weight": 1.0}) == "JEM"
+    assert kind(DEFAULTS | {"objective.p_x_loss": "bce"}) == "detector"
+    assert kind(without | {"objective.mass_weight": 1.0, "objective.p_x_given_y_weight": 1.0}) == "classifier"
 
 
 def test_it_says_how_to_use_the_model(card):

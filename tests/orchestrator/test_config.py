@@ -328,7 +328,7 @@ def test_values_that_do_not_go_together_are_found_in_all_groups_at_once():
         ("data.name=imagefolder", "data.root: is required for data.name=imagefolder"),
         ("data.labelled_batch_size=3", "has no effect without data.labels_per_class"),
         ("data.augment_p_x=false data.noise_std=0", "no training image has noise, is cropped or mirrored; set data.n"),
-        ("data.augment_p_x=false objective.p_x_weight=0", "nothing but cross-entropy is trained; set objective.p_x_w"),
+        ("data.augment_p_x=false objective.p_x_weight=0", "no term sees those images; set objective.p_x_weight"),
         (
             "data.augment_p_x=false objective.p_x_y_weight=1 sgld.conditional=true data.labels_per_class=7",
             "data.augment_p_x: is false, must be true with objective.p_x_y_weight and data.labels_per_class",
@@ -336,6 +336,8 @@ def test_values_that_do_not_go_together_are_found_in_all_groups_at_once():
         ("objective.kl_samples=7", "has no effect without objective.kl_weight; set that, to 0.3 say"),
         ("objective.kl_weight=1 objective.kl_samples=65", "is 65, must be at most batch_size (64): a step's chains"),
         ("objective.p_x_loss=bce objective.p_x_weight=0", "is bce, which has no effect without objective.p_x_weight"),
+        ("objective.p_x_loss=bce sgld.max_steps=40", "sgld.max_steps: does not go with objective.p_x_loss=bce, whose"),
+        ("sgld.normalize_gradient=true sgld.inner_steps=2", "sgld.inner_steps: must be 1 with sgld.normalize_gradient"),
         ("sgld.normalize_gradient=true objective.kl_weight=1", "is positive, must be 0 with sgld.normalize_gradient"),
         ("objective.kl_weight=1 objective.p_x_weight=0", "is positive, but no chains are run; set objective.p_x_w"),
         ("optimizer.sam_adaptive=true", "has no effect without optimizer.sam_rho; set that, to 0.5 say"),

@@ -337,7 +337,7 @@ def test_a_folder_of_other_things_is_left_as_it_is(made, tmp_path):
 
 def test_a_classifier_draws_nothing(tmp_path):
     fit(tmp_path / "run", "steps=2", "objective.p_x_weight=0")
-    with pytest.raises(ConfigError, match=r"MODEL: .* is a plain classifier, trained without p\(x\)"):
+    with pytest.raises(ConfigError, match=r"MODEL: .* was trained without chains"):
         sampling.sample(str(tmp_path / "run"), [f"out={tmp_path / 'out'}"])
     assert not (tmp_path / "out").exists()
 
