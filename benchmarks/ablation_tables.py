@@ -28,6 +28,9 @@ FIGURES = {
 }
 """Heads of columns, and the metric of each."""
 
+FEWEST = 3
+"""Seeds from which on an interval is called sure: figures of few images are often the same in two."""
+
 AUROC = re.compile(r"ood/([^/]+)/([^/]+)/auroc")
 
 Trials = dict[str, dict[int, dict[str, Any]]]
@@ -51,7 +54,7 @@ def figures(folder: Path) -> str:
 
 
 def differences(folder: Path) -> str:
-    """Every arm less the baseline, paired by seed: bold where the 95 % t-interval is on one side of 0."""
+    """Every arm less the baseline, paired by seed: bold where the 95 % t-interval of 3 seeds or more excludes 0."""
     trials = read(folder)
     heads = _heads(trials)
     base = trials[BASELINE]
@@ -131,7 +134,9 @@ def _difference(seeds: Mapping[int, Mapping[str, Any]], base: Mapping[int, Mappi
     if not both:
         return ""
     found = spread(both)
-    sure = found.low is not None and found.high is not None and (found.low > 0 or found.high < 0)
+    sure = (
+        len(both) >= FEWEST and found.low is not None and found.high is not None and (found.low > 0 or found.high < 0)
+    )
     return f"**{interval(found)}**" if sure else interval(found)
 
 
