@@ -24,7 +24,8 @@ FIGURES = {
     "Fashion-MNIST": "ood/fashion_mnist/log_px/auroc",
     "robust, Linf 0.1": "robust/linf/0.1/worst/accuracy",
     "robust, L2 0.5": "robust/l2/0.5/worst/accuracy",
-    "FID (lenet)": "gen/fresh/fid_lenet",
+    "FID, fresh chains": "gen/fresh/fid_lenet",
+    "FID, buffer": "gen/buffer/fid_lenet",
 }
 """Heads of columns, and the metric of each."""
 
