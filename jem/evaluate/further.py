@@ -20,7 +20,7 @@ from jem.evaluate.passes import Pass
 if TYPE_CHECKING:
     from jem.evaluate.suite import Subjects
 
-START = {"uniform": "uniform noise"} | dict.fromkeys(("gaussian", "data"), "the prior, its Gaussians")
+START = {"uniform": "uniform noise"} | dict.fromkeys(("gaussian", "data"), "the Gaussian prior")
 """Of chains that are scored, by `replay.prior`: none begins at a training image."""
 
 CONVENTIONS = {
