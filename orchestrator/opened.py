@@ -24,6 +24,7 @@ from jem.models import make_network
 from jem.prior import Prior
 from jem.settings import Entry, build
 from jem.train import dtype_of
+from orchestrator.bundled import bundled_models, place_of
 from orchestrator.config import RunConfig, anchored, mistakes, parse_arguments, read_recipe
 from orchestrator.registry import SCHEMES, model_folder
 from orchestrator.runs import read_record
@@ -77,10 +78,10 @@ class Opened:
 def open_model(source: str, arguments: Sequence[str] = ()) -> Opened:
     """The model that `source` names, with `key=value` arguments (see `FREE`).
 
-    source: a checkpoint directory, a run's folder (its newest checkpoint), the folder of a portable model,
-    runs:/ID, models:/NAME@ALIAS, models:/NAME/VERSION, or a released JEM .pt, for which model.*, data.* and
-    precision may be given too. Raises ConfigError or DataError for what is none of these, CheckpointError for what is
-    damaged.
+    source: a checkpoint directory, a run's folder (its newest checkpoint), the folder of a portable model, the name of
+    a bundled one, runs:/ID, models:/NAME@ALIAS, models:/NAME/VERSION, or a released JEM .pt, for which model.*, data.*
+    and precision may be given too. Raises ConfigError or DataError for what is none of these, CheckpointError for what
+    is damaged.
     """
     changes, problems = parse_arguments(arguments)
     changes = {key: anchored(key, entry) for key, entry in changes.items()}
@@ -91,7 +92,7 @@ def open_model(source: str, arguments: Sequence[str] = ()) -> Opened:
     if source.startswith(SCHEMES):
         return _of_mlflow(source, changes)
     try:
-        location = Location.of(source)
+        location = Location.of(place_of(source))
     except ValueError as error:
         raise ConfigError([Problem("MODEL", str(error))]) from error
     if (location / checkpoint.MANIFEST).exists():
@@ -106,7 +107,8 @@ def open_model(source: str, arguments: Sequence[str] = ()) -> Opened:
     if location.exists() and not location.is_dir():
         return _of_released(source, location, changes)
     what = "holds no checkpoint, run or model" if location.exists() else "does not exist"
-    names = "a checkpoint directory, a run's folder, runs:/ID, models:/NAME@ALIAS or a released JEM .pt"
+    names = "a checkpoint directory, a run's folder, runs:/ID, models:/NAME@ALIAS, a released JEM .pt"
+    names += f" or a model that comes with this project: {', '.join(bundled_models())}"
     raise ConfigError([Problem("MODEL", f"{source} {what}; give {names}")])
 
 

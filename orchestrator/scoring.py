@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from jem.errors import ConfigError, DataError, JEMError, Problem
+from orchestrator.bundled import bundled_models, place_of
 from orchestrator.result import Result
 from orchestrator.score_config import ScoreConfig, score_config
 
@@ -54,25 +55,27 @@ def score(model: str, data: str, out: str, changes: Sequence[str], stream: TextI
 def portable_folder(source: str, tracking_uri: str | None, into: Path, storage: str = "./runs") -> Path:
     """The local folder of the portable model (see jem.predict) that `source` names; copied below `into` where needed.
 
-    source: such a folder, a run's folder (the model of its newest checkpoint), models:/NAME@ALIAS,
-    models:/NAME/VERSION, runs:/ID.
+    source: such a folder, a run's folder (the model of its newest checkpoint), the name of a bundled model,
+    models:/NAME@ALIAS, models:/NAME/VERSION, runs:/ID.
     Raises ConfigError or DataError for one that is none of these.
     """
     from jem.predict import CARD, WEIGHTS
+    from orchestrator.final_model import EXAMPLES
     from orchestrator.registry import SCHEMES, model_folder
 
     if source.startswith(SCHEMES):
         return model_folder(source, tracking_uri, storage, into).folder
-    location = _location("MODEL", source)
+    location = _location("MODEL", place_of(source))
     found = next((place for place in (location, *_final_models(location)) if (place / CARD).exists()), None)
     if found is None:
         what = f"holds no {CARD}, here or in models/" if location.exists() else "does not exist"
-        names = "the folder of a portable model, a run's folder, models:/NAME@ALIAS or runs:/ID"
+        names = "the folder of a portable model, a run's folder, models:/NAME@ALIAS, runs:/ID or a model that comes "
+        names += f"with this project: {', '.join(bundled_models())}"
         raise ConfigError([Problem("MODEL", f"{location.uri} {what}; give {names}")])
     if found.is_local:
         return found.local
     try:
-        for name in (WEIGHTS, CARD):
+        for name in (WEIGHTS, CARD, *([EXAMPLES] if (found / EXAMPLES).exists() else [])):
             (into / name).write_bytes((found / name).read())
     except OSError as error:
         raise DataError(f"{found.uri}: cannot be read: {error}") from error
