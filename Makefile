@@ -4,10 +4,11 @@ BIN := $(VENV)/bin
 BENCH_DATA := $(CURDIR)/.bench-data
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help demo ui test faults sweeps cluster soak bench results install check clean
+.PHONY: help demo try ui test faults sweeps cluster soak bench results install check clean
 
 help:
 	@echo "make demo    install, train digits with 2 Ray Train workers, show what came of it"
+	@echo "make try     install, draw images with the model that comes with the project, ask it of others, put it in MLflow"
 	@echo "make ui      MLflow's pages of the runs in ./runs, on http://127.0.0.1:5000"
 	@echo "make test    install what the tests need and run them"
 	@echo "make faults  real faults: processes killed and stopped, nodes lost, full disks, damaged files, MLflow away"
@@ -40,6 +41,17 @@ demo: install
 	@echo
 	@echo "MLflow: make ui, then open http://127.0.0.1:5000 (Model training, top left)"
 
+try: install
+	$(BIN)/python jobs/sample.py fashion_mnist class=all
+	test -e runs/try/mnist5k/manifest.json || $(BIN)/python jobs/prepare.py mnist5k runs/try/mnist5k
+	$(BIN)/python jobs/score.py fashion_mnist runs/try/mnist5k runs/try/scores
+	$(BIN)/python jobs/register.py fashion_mnist
+	@echo
+	@echo "The scores are of handwritten digits, which it has not seen. Its own images: Debian's dataset-fashion-mnist, or 30 MB are downloaded:"
+	@echo "  $(BIN)/python jobs/evaluate.py fashion_mnist evaluate.suite=fast"
+	@echo "As a server:"
+	@echo "  MLFLOW_TRACKING_URI=sqlite:///$(CURDIR)/runs/mlflow.db $(BIN)/mlflow models serve -m models:/jem-fashion_mnist@champion --env-manager local -p 5001"
+
 ui: install
 	$(BIN)/mlflow ui --backend-store-uri sqlite:///$(CURDIR)/runs/mlflow.db --host 127.0.0.1 --port 5000
 
@@ -53,7 +65,7 @@ sweeps: $(VENV)/installed-dev
 	$(BIN)/python -m pytest tests/sweeps
 
 cluster: $(VENV)/installed-dev
-	$(BIN)/python -m pytest tests/cluster
+	$(BIN)/python -m pytest tests/cluster -n 4  # they wait more than they compute
 
 soak: install
 	$(BIN)/python benchmarks/soak.py --out docs/results/soak.json

@@ -103,7 +103,7 @@ def _samplers(
         return
     chains = buffer()
     chains = chains[chains.isfinite().flatten(1).all(dim=1)]
-    kept = chains[sampled.evenly(len(chains), sampled.n_samples(settings))].float()
+    kept = chains[sampled.at_random(len(chains), sampled.n_samples(settings))].float()
     yield "buffer", (kept, f"the training's replay buffer, {len(kept):,} of its {len(chains):,} chains")
 
 

@@ -25,6 +25,7 @@ from jem.evaluate.measured import Measured
 from jem.evaluate.passes import Part, Pass, run_pass
 from jem.evaluate.report import plain
 from jem.evaluate.robustness import distal
+from jem.evaluate.sampled import at_random
 from jem.evaluate.suite import compute_here, evaluate, prepare
 from jem.world import World
 
@@ -331,7 +332,7 @@ def test_samples_are_of_the_prior_and_of_the_buffer_and_a_classifier_has_none(da
     net = trained(data)
     report, measured = evaluate(net, data, CONFIG, FEW, compute_here(net, CONFIG, FEW, World(), LIKE), lambda: buffer)
     assert list(measured.samples) == ["fresh", "buffer"]
-    assert torch.equal(measured.samples["buffer"], to_bytes(buffer[::3]))
+    assert torch.equal(measured.samples["buffer"], to_bytes(buffer[at_random(30, 10)]))
     assert "no feature extractor" in report["left_out"]["gen"]  # of images of no known data set
     assert report["chains"]["length"] == 5  # 3 steps, restarting with .6
     assert report["chains"]["steps"][-1] == 500
@@ -353,6 +354,17 @@ def test_samples_are_of_the_prior_and_of_the_buffer_and_a_classifier_has_none(da
     assert not {"gen", "chains"} & set(report)
     assert {"gen", "chains", "robust_k"} <= set(report["left_out"])
     assert measured.samples == {}
+
+
+@pytest.mark.parametrize(("total", "most"), [(2000, 1000), (10_000, 1000), (1000, 100)])
+def test_chains_that_are_looked_at_are_of_all_classes_though_these_come_in_turns(total, most):
+    """As ReplayBuffer.labels deals them; every second or tenth would be of 5 classes or of one."""
+    rows = at_random(total, most)
+    assert len(rows.unique()) == len(rows) == most
+    assert torch.equal(rows, at_random(total, most))
+    found = torch.bincount(rows % 10, minlength=10)
+    assert abs(found - most / 10).max() < 4 * (most * 0.1 * 0.9) ** 0.5
+    assert torch.equal(at_random(most, total), torch.arange(most)), "all there are"
 
 
 def test_a_buffer_is_said_to_be_missing_where_there_is_none(data):

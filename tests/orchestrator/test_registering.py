@@ -71,7 +71,7 @@ def test_a_registration_that_was_cut_goes_on(model, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(module, "save_pyfunc", cut)
-        with pytest.raises(JEMError, match=r"has not taken given .ConnectionError: the line is down.; the same command"):
+        with pytest.raises(JEMError, match=r"not taken given .ConnectionError: the line is down.; the same command"):
             register_model("given", [])
     result = register_model("given", [])
     client = client_of(tmp_path)
