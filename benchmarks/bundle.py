@@ -1,7 +1,7 @@
 """Make a run's final model one that comes with the project:  python benchmarks/bundle.py runs/NAME BUNDLED
 
-Writes jobs/models/BUNDLED: the portable model without the paths of the machine that it was trained on. Then it is evaluated
-by that name, as anyone can, and the report, card and pictures are put beside it:
+Writes jobs/models/BUNDLED: the portable model without the paths of the machine that it was trained on. Then it is
+evaluated by that name, as anyone can, and the report, card and pictures are put beside it:
 
 python benchmarks/bundle.py runs/fashion_mnist-1f2e3d4c fashion_mnist [evaluate.*=...]
 """
