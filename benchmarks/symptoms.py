@@ -1,0 +1,88 @@
+"""Curves of the sick and of the healthy:  python benchmarks/symptoms.py SWEEP_FOLDER --out FILE.json
+
+SWEEP_FOLDER: of `python jobs/sweep.py symptoms_digits`. Writes each trial's curves of what tells its illness, and
+docs/images/symptoms.png, a panel a symptom, of the first seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from common import machine, save
+
+ROOT = Path(__file__).resolve().parents[1]
+KEYS = (
+    *("train/energy_gap", "train/chain_saturation", "train/chain_contrast", "train/data_contrast"),
+    *("val/accuracy", "val/nll"),
+)
+PANELS = (
+    ("energies blow up", "train/energy_gap", ("healthy", "blows_up", "lower_rate", "longer_chains", "nearer_start")),
+    ("chains saturate", "train/chain_saturation", ("healthy", "saturates")),
+    ("samples go grey", "train/chain_contrast", ("healthy", "goes_grey")),
+    ("accuracy sags", "val/accuracy", ("healthy", "sags")),
+)
+PICTURE = ROOT / "docs" / "images" / "symptoms.png"
+
+
+def curves(trial: Path) -> dict[str, list[list[float]]]:
+    """Of each key [[step, value], ...]."""
+    found: dict[str, list[list[float]]] = {key: [] for key in KEYS}
+    for line in (trial / "events.jsonl").read_text().splitlines():
+        event = json.loads(line)
+        for key in KEYS:
+            if event["kind"] == "metrics" and key in event["metrics"]:
+                found[key].append([event["step"], float(f"{event['metrics'][key]:.4g}")])
+    return found
+
+
+def draw(trials: list[dict[str, Any]]) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    first = {t["arm"]: t for t in reversed(trials)}
+    figure, axes = plt.subplots(1, len(PANELS), figsize=(14, 3.2), layout="constrained")
+    for axis, (title, key, arms) in zip(axes, PANELS, strict=True):
+        for arm in arms:
+            steps, values = zip(*first[arm]["curves"][key], strict=True)
+            axis.plot(steps, values, label=arm + (" (diverged)" if first[arm]["status"] == "diverged" else ""))
+        if key == "train/chain_contrast":
+            steps, values = zip(*first["healthy"]["curves"]["train/data_contrast"], strict=True)
+            axis.plot(steps, values, "k:", label="data")
+        if key == "train/energy_gap":
+            axis.set_yscale("symlog", linthresh=1)
+        axis.set_title(title)
+        axis.set_xlabel("step")
+        axis.set_ylabel(key)
+        axis.legend(fontsize=7)
+    figure.savefig(PICTURE, dpi=90)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    trials = []
+    for file in sorted((arguments.folder / "arms").glob("*.json")):
+        told = json.loads(file.read_text())
+        trial = arguments.folder / "trials" / file.stem
+        trials.append(
+            {key: told[key] for key in ("arm", "seed", "settings", "status", "reason", "steps")}
+            | {"curves": curves(trial)}
+        )
+    trials.sort(key=lambda t: (t["seed"], t["arm"]))
+    save({"command": "python jobs/sweep.py symptoms_digits", "hardware": machine(), "trials": trials}, arguments.out)
+    draw(trials)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
