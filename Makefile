@@ -65,7 +65,7 @@ sweeps: $(VENV)/installed-dev
 	$(BIN)/python -m pytest tests/sweeps
 
 cluster: $(VENV)/installed-dev
-	$(BIN)/python -m pytest tests/cluster -n 4  # they wait more than they compute
+	$(BIN)/python -m pytest tests/cluster
 
 soak: install
 	$(BIN)/python benchmarks/soak.py --out docs/results/soak.json

@@ -12,7 +12,7 @@ from torch import Tensor
 from jem.config import EvaluateConfig, JEMConfig
 from jem.data.splits import DataSet
 from jem.errors import ConfigError
-from jem.evaluate import robustness, sampled
+from jem.evaluate import generation, robustness, sampled
 from jem.evaluate.extractors import to_bytes
 from jem.evaluate.measured import Measured
 from jem.evaluate.passes import Pass
@@ -103,7 +103,7 @@ def _samplers(
         return
     chains = buffer()
     chains = chains[chains.isfinite().flatten(1).all(dim=1)]
-    kept = chains[sampled.at_random(len(chains), sampled.n_samples(settings))].float()
+    kept = chains[generation.at_random(len(chains), sampled.n_samples(settings))].float()
     yield "buffer", (kept, f"the training's replay buffer, {len(kept):,} of its {len(chains):,} chains")
 
 

@@ -38,8 +38,8 @@ KID_SUBSETS, KID_SUBSET_SIZE, KID_SEED = 100, 1000, 2020
 NEIGHBOURHOOD = 3
 """Of precision and recall: a ball reaches to the third nearest neighbour."""
 
-BALLS_AT_ONCE = 500
-"""Features whose distances to all others are held at once: those within 54,000 images are 23 GB in float64."""
+BALLS, BALLS_AT_ONCE = 10_000, 500
+"""Reference features that have one at most, and those whose distances to all others are held at once."""
 
 PROPOSALS = 8
 """Moves that the acceptance at one position is averaged over."""
@@ -64,6 +64,7 @@ def figures(
     is         exp(mean KL(p(y|x) || p(y))) over all samples at once, in one split              (Salimans et al., 2016)
     precision  share of samples within the ball of some reference feature, that reaches to its third neighbour
     recall     share of the reference within such a ball of some sample                     (Kynkäänniemi et al., 2019)
+               both of `BALLS` of the reference at most, drawn at random: the time grows with their square
 
     FID falls with the number of samples: compare equal numbers. Raises ValueError for fewer than 4 of either,
     or numbers that are not finite; ConfigError, with the command that installs it, where torch-fidelity is missing.
@@ -76,13 +77,22 @@ def figures(
     size = min(kid_subset_size, len(x), len(y))
     subsets = {"kid_subsets": kid_subsets, "kid_subset_size": size, "rng_seed": KID_SEED}
     balls = {"prc_neighborhood": NEIGHBOURHOOD, "prc_batch_size": BALLS_AT_ONCE, "save_cpu_ram": True}
+    drawn = at_random(len(y), BALLS)
     found = (
         of_fid.fid_statistics_to_metric(*statistics, verbose=False)
         | of_kid.kid_features_to_metric(x, y, **subsets, verbose=False)
         | of_isc.isc_features_to_metric(_within_reach(logits.detach().cpu()), splits=1, shuffle=False)
-        | of_prc.prc_features_to_metric(x, y, **balls, verbose=False)
+        | of_prc.prc_features_to_metric(x, y[drawn], **balls, verbose=False)
     )
     return {name: found[key] for name, key in FIGURES.items()}
+
+
+def at_random(total: int, most: int) -> Tensor:
+    """Rows [min(total, most)], rising, always the same ones.
+
+    For chains, whose classes come in turns: of evenly spaced ones a class could be missing.
+    """
+    return torch.randperm(total, generator=stream("cpu", "chains of", total))[:most].sort().values
 
 
 def nearest(

@@ -15,7 +15,6 @@ from jem.data.augment import to_float
 from jem.data.splits import DataSet
 from jem.evaluate import generation
 from jem.evaluate.extractors import extractor_for, to_bytes
-from jem.randomness import generator as stream
 
 SAMPLES = {"full": 1000, "paper": 10_000}
 SHOWN, COLUMNS = 100, 10
@@ -47,14 +46,6 @@ def evenly(total: int, most: int) -> Tensor:
     return torch.arange(min(total, most)) * total // min(total, most)
 
 
-def at_random(total: int, most: int) -> Tensor:
-    """Rows [min(total, most)], rising, always the same ones.
-
-    For chains, whose classes come in turns: of evenly spaced ones a class could be missing.
-    """
-    return torch.randperm(total, generator=stream("cpu", "chains of", total))[:most].sort().values
-
-
 def gen_section(
     samplers: Mapping[str, tuple[Float[Tensor, "n c h w"], str]],
     data: DataSet,
@@ -72,7 +63,7 @@ def gen_section(
     copies_of_test = generation.nearest(held_out[evenly(len(test), SHOWN)], train, 1)[0].median().item()
     found = {}
     for name, (images, how) in (*samplers.items(), ("test", (held_out, "held-out images, not samples: the floor"))):
-        distances, _ = generation.nearest(images[at_random(len(images), SHOWN)], train, 1)
+        distances, _ = generation.nearest(images[generation.at_random(len(images), SHOWN)], train, 1)
         found[name] = {
             "n": len(images),
             "how": how,

@@ -169,6 +169,16 @@ def test_the_parts_that_balls_are_computed_in_change_nothing(generator, monkeypa
     assert 0 < whole["precision"] < 1
 
 
+def test_balls_are_those_of_a_part_of_a_large_reference_and_all_else_is_of_the_whole(generator, monkeypatch):
+    x, y = normal(40, 3, generator), normal(100, 3, generator, mean=0.5)
+    whole, part = of(x, y), of(x, y[generation.at_random(100, 30)])
+    monkeypatch.setattr(generation, "BALLS", 30)
+    found = of(x, y)
+    assert (found["precision"], found["recall"]) == (part["precision"], part["recall"])
+    assert found["recall"] != whole["recall"]
+    assert all(found[name] == whole[name] for name in ("fid", "kid", "is"))
+
+
 def test_the_inception_score_is_the_number_of_classes_for_sure_and_even_answers_and_1_for_one_answer(generator):
     x = normal(30, 2, generator)
     sure = 1000 * torch.eye(3)[torch.arange(30) % 3]

@@ -20,12 +20,12 @@ from jem.evaluate.attacks import norm_of
 from jem.evaluate.calibration import confidence_bins, ece
 from jem.evaluate.evaluate import BATCH, validate
 from jem.evaluate.extractors import to_bytes
+from jem.evaluate.generation import at_random
 from jem.evaluate.intervals import Interval
 from jem.evaluate.measured import Measured
 from jem.evaluate.passes import Part, Pass, run_pass
 from jem.evaluate.report import plain
 from jem.evaluate.robustness import distal
-from jem.evaluate.sampled import at_random
 from jem.evaluate.suite import compute_here, evaluate, prepare
 from jem.world import World
 
