@@ -47,7 +47,8 @@ try: install
 	$(BIN)/python jobs/score.py fashion_mnist runs/try/mnist5k runs/try/scores
 	$(BIN)/python jobs/register.py fashion_mnist
 	@echo
-	@echo "The scores are of handwritten digits, which it has not seen. Its own images: Debian's dataset-fashion-mnist, or 30 MB are downloaded:"
+	@echo "Scored were handwritten digits, which it has never seen: in_distribution is the share of them that it takes for clothes."
+	@echo "Its own images (Debian's dataset-fashion-mnist, or 30 MB are downloaded):"
 	@echo "  $(BIN)/python jobs/evaluate.py fashion_mnist evaluate.suite=fast"
 	@echo "As a server:"
 	@echo "  MLFLOW_TRACKING_URI=sqlite:///$(CURDIR)/runs/mlflow.db $(BIN)/mlflow models serve -m models:/jem-fashion_mnist@champion --env-manager local -p 5001"
