@@ -4,11 +4,12 @@ BIN := $(VENV)/bin
 BENCH_DATA := $(CURDIR)/.bench-data
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help demo try ui test faults sweeps cluster soak bench results install check clean
+.PHONY: help demo try serve ui test faults sweeps cluster soak bench results install check clean
 
 help:
 	@echo "make demo    install, train digits with 2 Ray Train workers, show what came of it"
 	@echo "make try     install, draw images with the model that comes with the project, ask it of others, put it in MLflow"
+	@echo "make serve   answer requests on port 5001 with that model, or with MODEL=jem-digits"
 	@echo "make ui      MLflow's pages of the runs in ./runs, on http://127.0.0.1:5000"
 	@echo "make test    install what the tests need and run them"
 	@echo "make faults  real faults: processes killed and stopped, nodes lost, full disks, damaged files, MLflow away"
@@ -50,8 +51,12 @@ try: install
 	@echo "Scored were handwritten digits, which it has never seen: in_distribution is the share of them that it takes for clothes."
 	@echo "Its own images (Debian's dataset-fashion-mnist, or 30 MB are downloaded):"
 	@echo "  $(BIN)/python jobs/evaluate.py fashion_mnist evaluate.suite=fast"
-	@echo "As a server:"
-	@echo "  MLFLOW_TRACKING_URI=sqlite:///$(CURDIR)/runs/mlflow.db $(BIN)/mlflow models serve -m models:/jem-fashion_mnist@champion --env-manager local -p 5001"
+	@echo "As a server on port 5001: make serve"
+
+serve: MODEL ?= jem-fashion_mnist
+serve: install
+	PATH="$(abspath $(BIN)):$$PATH" MLFLOW_TRACKING_URI=sqlite:///$(CURDIR)/runs/mlflow.db \
+		mlflow models serve -m models:/$(MODEL)@champion --env-manager local -p 5001
 
 ui: install
 	$(BIN)/mlflow ui --backend-store-uri sqlite:///$(CURDIR)/runs/mlflow.db --host 127.0.0.1 --port 5000
