@@ -2,6 +2,7 @@
 
 python jobs/evaluate.py runs/digits-b7b778cc                  a run's newest checkpoint, or a checkpoint directory
 python jobs/evaluate.py models:/jem-digits@champion           a registered model; runs:/ID for a run's
+python jobs/evaluate.py fashion_mnist                         the model that comes with the project
 python jobs/evaluate.py runs/JEM --against runs/CLASSIFIER    two models on the same images, and their differences
 python jobs/evaluate.py released.pt data.name=cifar10 data.root=~/data evaluate.noise_std=0.03
 

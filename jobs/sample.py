@@ -5,8 +5,9 @@ python jobs/sample.py runs/digits-b7b778cc class=all           ten of each class
 python jobs/sample.py models:/jem-digits@champion class=3 steps=2000 count=30
 python jobs/sample.py runs/digits-b7b778cc init=buffer         the chains that the training left, as they stand
 
-MODEL  a run's folder (its newest checkpoint), a checkpoint directory, the folder of a portable model,
-       models:/NAME@ALIAS, models:/NAME/VERSION, runs:/ID, or a released JEM .pt (data.name=, model.norm= if needed)
+MODEL  a run's folder (its newest checkpoint), a checkpoint directory, the folder of a portable model or the name of
+       one that comes with the project (fashion_mnist), models:/NAME@ALIAS, models:/NAME/VERSION, runs:/ID, or a
+       released JEM .pt (data.name=, model.norm= if needed)
 
 Writes a folder: grid.png, samples.npy (uint8 [n, h, w, c], which a served model's predict takes), samples.json (how
 they were drawn; energy, p(y|x), saturation) and chain.gif, the way of the first chains. All or none of it; the same

@@ -4,7 +4,8 @@ python jobs/score.py models:/jem-digits@champion /data/digits ./scores split=tes
 python jobs/score.py runs/digits-3839f591 photos.parquet ./scores column=picture keep=[id]
 python jobs/score.py ./model s3://bucket/images s3://bucket/scores rows_per_unit=100000
 
-MODEL  the folder of a portable model, a run's folder, models:/NAME@ALIAS, models:/NAME/VERSION or runs:/ID
+MODEL  the folder of a portable model, the name of one that comes with the project (fashion_mnist), a run's folder,
+       models:/NAME@ALIAS, models:/NAME/VERSION or runs:/ID
 DATA   what jobs/prepare.py wrote, or any Parquet file or folder of such, as a path or any URI that pyarrow knows;
        images as tensors or lists of uint8 [c, h, w], or as PNG or JPEG, all of the model's size
 OUT    a folder or URI: one Parquet file a unit of rows, scores.json when all is done
