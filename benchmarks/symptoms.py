@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,7 @@ KEYS = (
 )
 PANELS = (
     ("energies blow up", "train/energy_gap", ("healthy", "blows_up", "lower_rate", "longer_chains", "nearer_start")),
-    ("chains saturate", "train/chain_saturation", ("healthy", "saturates")),
-    ("samples go grey", "train/chain_contrast", ("healthy", "goes_grey")),
+    ("SGLD steps too large", "train/energy_gap", ("healthy", "large_steps")),
     ("accuracy sags", "val/accuracy", ("healthy", "sags")),
 )
 PICTURE = ROOT / "docs" / "images" / "symptoms.png"
@@ -41,6 +41,12 @@ def curves(trial: Path) -> dict[str, list[list[float]]]:
     return found
 
 
+def end(trial: dict[str, Any], key: str) -> list[list[float]]:
+    """The energy gap at which a trial was given up: of that look there is no point of a curve."""
+    told = re.match(r"step (\d+): .*?energy gap (-?[\d.e+]+)", trial["reason"] or "")
+    return [[int(told[1]), float(told[2])]] if told and key == "train/energy_gap" else []
+
+
 def draw(trials: list[dict[str, Any]]) -> None:
     import matplotlib
 
@@ -48,14 +54,11 @@ def draw(trials: list[dict[str, Any]]) -> None:
     import matplotlib.pyplot as plt
 
     first = {t["arm"]: t for t in reversed(trials)}
-    figure, axes = plt.subplots(1, len(PANELS), figsize=(14, 3.2), layout="constrained")
+    figure, axes = plt.subplots(1, len(PANELS), figsize=(12, 3.4), layout="constrained")
     for axis, (title, key, arms) in zip(axes, PANELS, strict=True):
         for arm in arms:
-            steps, values = zip(*first[arm]["curves"][key], strict=True)
+            steps, values = zip(*first[arm]["curves"][key], *end(first[arm], key), strict=True)
             axis.plot(steps, values, label=arm + (" (diverged)" if first[arm]["status"] == "diverged" else ""))
-        if key == "train/chain_contrast":
-            steps, values = zip(*first["healthy"]["curves"]["train/data_contrast"], strict=True)
-            axis.plot(steps, values, "k:", label="data")
         if key == "train/energy_gap":
             axis.set_yscale("symlog", linthresh=1)
         axis.set_title(title)
@@ -79,7 +82,8 @@ def main() -> int:
             | {"curves": curves(trial)}
         )
     trials.sort(key=lambda t: (t["seed"], t["arm"]))
-    save({"command": "python jobs/sweep.py symptoms_digits", "hardware": machine(), "trials": trials}, arguments.out)
+    command = "python jobs/sweep.py symptoms_digits seeds=1"
+    save({"command": command, "hardware": machine(), "trials": trials}, arguments.out)
     draw(trials)
     return 0
 
