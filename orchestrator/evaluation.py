@@ -142,7 +142,7 @@ def report_of(opened: Opened, workers: int = 1) -> Done:
         "config": config.science,
     }
     report["facts"] = {**facts(), **{f"training.{key}": value for key, value in opened.facts.items()}}
-    served = served_of(workbench(opened.run) if opened.run else None, opened.digest)
+    served = opened.served or served_of(workbench(opened.run) if opened.run else None, opened.digest)
     write_report(report, measured, folder, served, config.registered_name)
     return Done(folder, json.loads((folder / "report.json").read_text()), cached=False)
 

@@ -6,6 +6,7 @@ known at once.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 import tempfile
@@ -56,6 +57,7 @@ class Opened:
     data_digest: str | None = None
     facts: Mapping[str, str] = field(default_factory=dict)  # versions and code of its training
     run: Location | None = None  # the folder of the run that trained it, as far as known
+    served: dict[str, Any] | None = field(default=None, repr=False)  # model.json, of a portable model
     mlflow: Mapping[str, Any] = field(default_factory=dict)  # uri, experiment, run_id of that run, as far as known
     buffer: Callable[[], Tensor] | None = field(default=None, repr=False)  # the chains of its checkpoint, [n, c, h, w]
     buffer_digest: str = ""  # of the files that hold them
@@ -168,6 +170,7 @@ def _of_folder(source: str, folder: Path, changes: Mapping[str, Entry], mlflow: 
         data_digest=info.get("data_digest"),
         facts=info.get("facts") or {},
         run=Location.of(trained) if (trained / "run.json").exists() else None,
+        served=dataclasses.asdict(card),
         mlflow=mlflow,
         prior_tensors=lambda: read_prior(folder),
     )

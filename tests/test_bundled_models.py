@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
 
 import numpy as np
 import pytest
+import torch
 
+from jem.data.augment import to_float
 from jem.data.sources import load
 from jem.errors import DataError
 from jem.predict import CARD, Predictor, read_card
+from jem.train import frozen_logits
 from orchestrator.bundled import MODELS, bundled_models, place_of
 from orchestrator.final_model import EXAMPLES, examples
 from orchestrator.opened import open_model
@@ -37,7 +41,9 @@ def test_it_is_small_and_names_no_machine(name):
     for path in files:
         if path.suffix in (".json", ".md"):
             assert not re.search(r"(/home/|/tmp/|/root/|/work/|/Users/)", path.read_text()), path.name
-    shown = re.findall(r"!\[[^]]*\]\(([^)]+)\)", (MODELS / name / "model_card.md").read_text())
+    card = (MODELS / name / "model_card.md").read_text()
+    assert "## How to use it" in card
+    shown = re.findall(r"!\[[^]]*\]\(([^)]+)\)", card)
     assert len(shown) >= 5
     assert set(shown) <= {path.name for path in files}, "the pictures of the card"
 
@@ -54,10 +60,17 @@ def test_it_opens_by_its_name_and_its_network_is_what_predicts(name, tmp_path, m
     opened, card = open_model(name), read_card(MODELS / name)
     assert (opened.name, opened.digest, opened.data_digest) == (name, card.digest, card.info["data_digest"])
     assert opened.run is None
-    assert opened.prior().sample is not None
-    assert sum(p.numel() for p in opened.network().parameters()) > 0
-    found = Predictor.load(MODELS / name)(examples(MODELS / name, card))
-    assert np.isfinite(found.log_density).all()
+    assert opened.served == dataclasses.asdict(card), "for the report's model card"
+    given = examples(MODELS / name, card)
+    logits = frozen_logits(opened.network(), opened.config)(
+        to_float(torch.from_numpy(given).permute(0, 3, 1, 2), torch.float32)
+    )
+    found = Predictor.load(MODELS / name)(given)
+    np.testing.assert_allclose(found.log_density, logits.detach().double().logsumexp(dim=1).numpy(), rtol=0, atol=0.05)
+    labels = torch.arange(len(card.classes))
+    starts = opened.prior().sample(labels, torch.Generator().manual_seed(0))
+    assert starts.shape == (len(labels), *card.image_shape)
+    assert starts.isfinite().all()
 
 
 def test_its_accuracy_and_what_it_calls_known_are_those_of_its_report(name):
