@@ -22,6 +22,7 @@ import ablation_tables as ablation
 import claims
 import robust_tables as robust
 import speed_tables as speed
+import symptoms
 
 from jem.errors import ConfigError
 from jem.files import Location
@@ -230,6 +231,7 @@ TABLES = {
     ),
     "ablation-digits-tuning": Table(("ablation_digits_tuning.json",), ablation.tuning),
     "ablation-digits-settings": Table(("ablation_digits",), ablation.settings),
+    "symptoms": Table(("symptoms_digits.json",), symptoms.ends),
     "samples-digits": Table(("robustness_digits.json",), robust.generation),
     "samples-digits-steps": Table(("robustness_digits.json",), robust.by_step),
     "samples-digits-chains": Table(("robustness_digits.json",), robust.chains),

@@ -1,7 +1,7 @@
 """Curves of the sick and of the healthy:  python benchmarks/symptoms.py SWEEP_FOLDER --out FILE.json
 
 SWEEP_FOLDER: of `python jobs/sweep.py symptoms_digits`. Writes each trial's curves of what tells its illness, and
-docs/images/symptoms.png, a panel a symptom, of the first seed.
+docs/images/symptoms.png, a panel a symptom, of the first seed. docs/training.md shows the file as a table.
 """
 
 from __future__ import annotations
@@ -16,6 +16,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import machine, save
+
+from orchestrator.sweep.space import words
+from orchestrator.sweep.summary import table
 
 ROOT = Path(__file__).resolve().parents[1]
 KEYS = (
@@ -66,6 +69,29 @@ def draw(trials: list[dict[str, Any]]) -> None:
         axis.set_ylabel(key)
         axis.legend(fontsize=7)
     figure.savefig(PICTURE, dpi=90)
+
+
+def ends(path: Path) -> str:
+    """Every arm of the first seed: its last figures, and where it was given up."""
+    trials = json.loads(path.read_text())["trials"]
+    first = {trial["arm"]: trial for trial in reversed(trials)}
+    lines = []
+    for arm, trial in sorted(first.items(), key=lambda found: (found[0] != "healthy", found[0])):
+        last = {key: points[-1][1] for key, points in trial["curves"].items()}
+        given_up = end(trial, "train/energy_gap")
+        status = f"given up at step {given_up[0][0]}, gap {given_up[0][1]:.2g}" if given_up else trial["status"]
+        contrast = f"{last['train/chain_contrast']:.2f} of {last['train/data_contrast']:.2f}"
+        settings = ", ".join(f"{key}={words(value)}" for key, value in trial["settings"].items()) or "as they are"
+        figures = (
+            f"{last['train/energy_gap']:.2f}",
+            f"{last['train/chain_saturation']:.4f}",
+            contrast,
+            f"{last['val/accuracy']:.3f}",
+            f"{last['val/nll']:.2f}",
+        )
+        lines.append([f"`{arm}`", settings, status, *figures])
+    head = ("run", "settings", "end", "last gap before", "saturated", "chains' contrast", "val accuracy", "val NLL")
+    return table(head, lines)
 
 
 def main() -> int:
