@@ -1,6 +1,6 @@
 """What fewer bits cost:  python benchmarks/numerics.py [--seeds 0-4] [--steps N] --out FILE
 
-Trains the digits recipe in one process, without Ray, with bf16 arithmetic in the network and with chains stored in
+Trains the recipe digits_uniform in one process, without Ray, with bf16 arithmetic in the network and with chains stored in
 uint8, and compares the figures on the test split and of the chains seed by seed: means, and differences, with 95 %
 t-intervals over seeds. One thing changes at a time. uint8 needs a clamp, hence the settings with one. Runs that
 FILE has of the same steps are kept: an interrupted benchmark goes on. About a minute a run on two cores.
@@ -113,7 +113,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     changes = [f"steps={arguments.steps}"] if arguments.steps else []
-    first = load_run_config("digits", changes)
+    first = load_run_config("digits_uniform", changes)
     data = load(first.data)
     runs: list[dict[str, Any]] = json.loads(arguments.out.read_text())["runs"] if arguments.out.exists() else []
     runs = [one for one in runs if one["steps"] == first.steps]
@@ -122,7 +122,7 @@ def main() -> int:
             if any((one["setting"], one["seed"]) == (name, seed) for one in runs):
                 continue
             began = time.monotonic()
-            figures = run(load_run_config("digits", [*changes, *SETTINGS[name], f"seed={seed}"]), data)
+            figures = run(load_run_config("digits_uniform", [*changes, *SETTINGS[name], f"seed={seed}"]), data)
             took = round(time.monotonic() - began, 1)
             runs.append({"setting": name, "seed": seed, "steps": first.steps, "seconds": took, "figures": figures})
             print(json.dumps(runs[-1]), file=sys.stderr, flush=True)

@@ -27,11 +27,11 @@ VICTIMS = ("worker 0", "worker 1", "driver")
 
 
 class Run:
-    """`python jobs/train.py digits ...` in a process."""
+    """`python jobs/train.py digits_uniform ...` in a process."""
 
     def __init__(self, folder: Path, name: str) -> None:
         self.folder, self.run = folder, folder / "runs" / name
-        self.command = [sys.executable, str(ROOT / "jobs" / "train.py"), "digits", *SETTINGS, f"name={name}"]
+        self.command = [sys.executable, str(ROOT / "jobs" / "train.py"), "digits_uniform", *SETTINGS, f"name={name}"]
 
     def start(self) -> None:
         with open(self.folder / "log", "ab") as log:
@@ -130,7 +130,7 @@ def main() -> int:
     same = sum(kill["same"] for kill in kills)
     result = {
         "command": "make soak",
-        "settings": ["digits", *SETTINGS],
+        "settings": ["digits_uniform", *SETTINGS],
         "seed": arguments.seed,
         "hardware": machine(),
         "same_final_hash": f"{same} of {len(kills)}",

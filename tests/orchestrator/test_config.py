@@ -220,8 +220,8 @@ def test_other_lists_every_setting():
 
 @pytest.mark.parametrize("key", [key for key in ALL_SETTINGS if OTHER[key] is not None])
 def test_the_digest_changes_with_the_science_and_with_nothing_else(key):
-    base = load_run_config("digits", NEEDS.get(key, ()))
-    other = load_run_config("digits", [*NEEDS.get(key, ()), f"{key}={OTHER[key]}"])
+    base = load_run_config("digits_uniform", NEEDS.get(key, ()))
+    other = load_run_config("digits_uniform", [*NEEDS.get(key, ()), f"{key}={OTHER[key]}"])
     assert flatten(other)[key] != flatten(base)[key]
     assert (other.name != base.name) == (key.split(".")[0] in SCIENCE)
 
@@ -288,7 +288,7 @@ data:
 
 
 def test_a_ladder_is_checked_against_the_settings_it_will_change():
-    halved = load_run_config("digits", ["sgld.clamp=1", "recovery.ladder=[sgld.clamp*0.5]"])
+    halved = load_run_config("digits_uniform", ["sgld.clamp=1", "recovery.ladder=[sgld.clamp*0.5]"])
     assert halved.recovery.ladder == ("sgld.clamp*0.5",)
     for ladder, said in (
         ("[sgld.clamp*0.5]", "sgld.clamp: is none, which cannot be multiplied; use sgld.clamp=VALUE"),
@@ -297,7 +297,7 @@ def test_a_ladder_is_checked_against_the_settings_it_will_change():
         ("[sgld.steps=0]", "sgld.steps: is 0, must be at least 1"),
         ("[objective.p_x_weight=0 objective.p_y_given_x_weight=0]", "nothing would be trained"),
     ):
-        (found,) = problems("digits", f"recovery.ladder={ladder}")
+        (found,) = problems("digits_uniform", f"recovery.ladder={ladder}")
         assert "recovery.ladder: has" in found
         assert said in found, ladder
 
@@ -358,7 +358,7 @@ def test_values_that_do_not_go_together_are_found_in_all_groups_at_once():
     ],
 )
 def test_a_mistake_is_named_with_value_bound_and_remedy(setting, said):
-    found = problems("digits", *setting.split(" "))
+    found = problems("digits_uniform", *setting.split(" "))
     assert len(found) == 1
     assert said in found[0]
 
@@ -456,7 +456,7 @@ def test_a_recipe_that_is_not_there_is_named_with_the_nearest_and_the_other_mist
 
 
 def test_a_recipe_inherits_from_a_bundled_one_or_from_a_file_beside_it(recipe):
-    recipe("base: digits\nsgld:\n  steps: 3\nreplay:\n  capacity: 500\n", "parent.yaml")
+    recipe("base: digits_uniform\nsgld:\n  steps: 3\nreplay:\n  capacity: 500\n", "parent.yaml")
     child = recipe("base: ../parent.yaml\nsgld:\n  step_size: 2\nreplay: {capacity: 600}\n", "below/child.yaml")
     config = load_run_config(str(child), ["sgld.noise_scale=0.5"])
     assert dataclasses.asdict(config.sgld) == {
@@ -466,7 +466,7 @@ def test_a_recipe_inherits_from_a_bundled_one_or_from_a_file_beside_it(recipe):
         **{"final_step_size": None, "final_noise_scale": None, "max_steps": None},
     }
     assert config.replay.capacity == 600
-    assert config.data == load_run_config("digits", []).data
+    assert config.data == load_run_config("digits_uniform", []).data
 
 
 def test_mistakes_of_an_inherited_recipe_have_its_own_file_and_line(recipe):

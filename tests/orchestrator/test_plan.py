@@ -20,7 +20,7 @@ from orchestrator.plan import forward_cost, passes, plan
 NET = ("model.name=small_conv", "model.channels=[4, 8]", "batch_size=16", "replay.capacity=100")
 
 
-def config(*settings, recipe="digits"):
+def config(*settings, recipe="digits_uniform"):
     return load_run_config(recipe, [*settings])
 
 

@@ -26,7 +26,7 @@ from orchestrator.sweep.trial_report import report, training_seconds
 from orchestrator.sync import sync_runs
 
 ARMS = """\
-base: digits
+base: digits_uniform
 name: three
 seeds: 5
 settings: {workers: 1, evaluate.suite: fast}
@@ -258,7 +258,7 @@ def test_mlflow_has_a_parent_with_the_arms_figures_and_a_child_a_trial(store, th
     assert (tags["kind"], tags["trials"], tags["status"]) == ("ablation", "5 of 6 trials finished", "finished")
     assert "| leaky |" in tags["mlflow.note.content"]
     assert store.params(result.run_id) == {
-        **{"base": "digits", "seed": "0", "steps": "1500", "arms.plain": "the base"},
+        **{"base": "digits_uniform", "seed": "0", "steps": "1500", "arms.plain": "the base"},
         "arms.leaky": "model.activation=leaky_relu",
         "arms.short": "batch_size=32 sgld.steps=3 steps=700",
     }

@@ -18,14 +18,14 @@ from orchestrator.sweep.help import settings_help
 from orchestrator.sweep.plan import plan
 
 ARMS = """\
-base: digits
+base: digits_uniform
 seeds: 2
 settings: {workers: 1, evaluate.suite: fast, recovery.max: 0}
 arms:
   plain: {}
   leaky: {model.activation: leaky_relu}
   short: {sgld: {steps: 3, clamp: 1}, steps: 700}
-  classifier: {recipe: digits_classifier}
+  classifier: {recipe: digits_uniform, objective.p_x_weight: 0}
 """
 SETTINGS = ["workers=1", "evaluate.suite=fast", "recovery.max=0", "evaluate.register=false"]
 
@@ -41,7 +41,7 @@ def problems(folder, text, *arguments):
 
 
 def with_arms(lines, rest=""):
-    return f"base: digits\n{rest}arms:\n  plain: {{}}\n" + "".join(f"  {line}\n" for line in lines)
+    return f"base: digits_uniform\n{rest}arms:\n  plain: {{}}\n" + "".join(f"  {line}\n" for line in lines)
 
 
 # What is read
@@ -62,10 +62,10 @@ def test_an_arm_is_what_it_changes_of_the_base_nested_or_dotted_in_the_order_of_
 @pytest.mark.parametrize(
     ("arm", "recipe", "settings"),
     [
-        ("plain", "digits", []),
-        ("leaky", "digits", ["model.activation=leaky_relu"]),
-        ("short", "digits", ["sgld.steps=3", "sgld.clamp=1", "steps=700"]),
-        ("classifier", "digits_classifier", []),
+        ("plain", "digits_uniform", []),
+        ("leaky", "digits_uniform", ["model.activation=leaky_relu"]),
+        ("short", "digits_uniform", ["sgld.steps=3", "sgld.clamp=1", "steps=700"]),
+        ("classifier", "digits_uniform", ["objective.p_x_weight=0"]),
     ],
 )
 def test_each_trial_is_the_run_that_jobs_train_would_make_of_its_settings(tmp_path, arm, recipe, settings):
@@ -91,7 +91,7 @@ def test_all_arms_begin_with_the_first_seed_before_any_does_with_the_next(tmp_pa
 
 def test_a_recipe_brings_what_is_trained_and_not_where_or_how(tmp_path):
     (tmp_path / "other.yaml").write_text(
-        "base: digits\nworkers: 3\nseed: 9\nsteps: 50\nbatch_size: 32\nsgld: {steps: 4, clamp: 2}\n"
+        "base: digits_uniform\nworkers: 3\nseed: 9\nsteps: 50\nbatch_size: 32\nsgld: {steps: 4, clamp: 2}\n"
         "evaluate: {every: 7, suite: full}\ncheckpoint: {every: 8}\ntracking: {every: 9}\n"
     )
     text = with_arms(["other: {recipe: other.yaml, sgld.steps: 6}"], "settings: {workers: 1, sgld.clamp: 1}\n")
@@ -101,8 +101,8 @@ def test_a_recipe_brings_what_is_trained_and_not_where_or_how(tmp_path):
 
 
 def test_what_a_base_has_and_an_arms_recipe_has_not_is_not_the_arms(tmp_path):
-    (tmp_path / "base.yaml").write_text("base: digits\nsgld: {clamp: 2}\n")
-    sweep = sweep_of(tmp_path, with_arms(["free: {recipe: digits}"]).replace("base: digits", "base: base.yaml"))
+    (tmp_path / "base.yaml").write_text("base: digits_uniform\nsgld: {clamp: 2}\n")
+    sweep = sweep_of(tmp_path, with_arms(["free: {recipe: digits_uniform}"]).replace("base: digits_uniform", "base: base.yaml"))
     assert points(sweep)["free"] == {"sgld.clamp": None}
 
 
@@ -110,7 +110,7 @@ def test_arms_may_be_measured_on_test_data_and_register_nothing_unless_asked(tmp
     run = sweep_of(tmp_path, ARMS.replace("evaluate.suite: fast", "evaluate.suite: full")).run
     assert (run.evaluate.suite, run.evaluate.register) == ("full", False)
     assert sweep_of(tmp_path, ARMS, "evaluate.register=true", "evaluate.suite=none").run.evaluate.register
-    assert sweep_of(tmp_path, ARMS).run.evaluate.every == load_run_config("digits", []).evaluate.every
+    assert sweep_of(tmp_path, ARMS).run.evaluate.every == load_run_config("digits_uniform", []).evaluate.every
 
 
 def test_averaged_weights_are_measured_in_the_arm_that_has_them(tmp_path):
@@ -159,14 +159,17 @@ def test_an_ablation_as_a_file_gives_itself_again(tmp_path, typed):
 def test_arms_are_added_changed_and_removed_on_the_command_line(tmp_path):
     typed = [
         *("arms.leaky.sgld.steps=2", "arms.short=none", "arms.decay.optimizer.weight_decay=1e-3", "arms.decay.steps=9"),
-        *("arms.whole={sgld: {steps: 4}, optimizer.clip_norm: 1}", "arms.other.recipe=digits_classifier"),
+        *("arms.whole={sgld: {steps: 4}, optimizer.clip_norm: 1}", "arms.other.recipe=digits_unstable"),
     ]
     assert points(sweep_of(tmp_path, ARMS, "arms.classifier=none", *typed)) == {
         "plain": {},
         "leaky": {"model.activation": "leaky_relu", "sgld.steps": 2},
         "decay": {"optimizer.weight_decay": 0.001, "steps": 9},
         "whole": {"sgld.steps": 4, "optimizer.clip_norm": 1.0},
-        "other": {"objective.p_x_weight": 0.0},
+        "other": {
+            **{"model.activation": "leaky_relu", "data.validation_size": 300, "sgld.steps": 3, "steps": 1200},
+            **{"optimizer.learning_rate": 0.005, "optimizer.decay_steps": [1000], "optimizer.decay_rate": 0.1},
+        },
     }
 
 
@@ -289,7 +292,7 @@ def test_every_mistake_is_in_one_error(tmp_path):
 
 
 def test_without_a_base_the_arms_are_checked_alone(tmp_path):
-    found = "\n".join(problems(tmp_path, with_arms(["x: {sgld.steps: x}"]).replace("base: digits", "base: nothing")))
+    found = "\n".join(problems(tmp_path, with_arms(["x: {sgld.steps: x}"]).replace("base: digits_uniform", "base: nothing")))
     assert "1: base: no recipe 'nothing'" in found
     assert "4: arms.x.sgld.steps: is 'x'" in found
 
@@ -297,7 +300,7 @@ def test_without_a_base_the_arms_are_checked_alone(tmp_path):
 def test_no_arms_and_no_space_is_nothing_to_do(tmp_path):
     assert "arms: are all removed" in "\n".join(problems(tmp_path, with_arms([]), "arms.plain=none"))
     assert "space: has no axes, so that there is nothing to search" in "\n".join(
-        problems(tmp_path, "base: digits\narms: {}\n")
+        problems(tmp_path, "base: digits_uniform\narms: {}\n")
     )
 
 

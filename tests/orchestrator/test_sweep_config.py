@@ -15,7 +15,7 @@ from jem.settings import digest, flatten
 from orchestrator.config import load_run_config
 from orchestrator.sweep.config import OBJECTIVES, bundled_sweeps, load_sweep, to_yaml, trial_config
 
-MINE = """base: digits
+MINE = """base: digits_uniform
 scheduler: {name: asha}
 budget: {trials: 8, steps: 600}
 settings:
@@ -83,7 +83,7 @@ def test_a_space_is_read_with_its_kinds_conditions_and_order(file):
 
 
 def test_an_axis_comes_after_what_it_depends_on_wherever_it_is_written(file):
-    text = """base: digits
+    text = """base: digits_uniform
 space:
   objective.p_x_y_weight: {uniform: [0.1, 1], when: {sgld.conditional: true}}
   sgld.conditional: {choice: [true, false]}
@@ -93,8 +93,8 @@ space:
 
 
 def test_a_base_is_a_recipe_beside_the_sweeps_file(file, tmp_path, monkeypatch):
-    (tmp_path / "recipe.yaml").write_text("base: digits\nsgld: {steps: 3}\nbatch_size: 32\n")
-    path = file(MINE.replace("base: digits", "base: recipe.yaml"))
+    (tmp_path / "recipe.yaml").write_text("base: digits_uniform\nsgld: {steps: 3}\nbatch_size: 32\n")
+    path = file(MINE.replace("base: digits_uniform", "base: recipe.yaml"))
     monkeypatch.chdir("/")
     sweep = load_sweep(path, [])
     assert (sweep.run.batch_size, sweep.run.sgld.steps) == (32, 3)
@@ -116,7 +116,7 @@ def test_a_sweep_as_a_file_gives_itself_again(file, tmp_path, arguments):
 
 
 def test_options_of_ones_own_function_are_axes_like_others(file):
-    text = "base: digits\nsettings: {model: {name: 'mine:net', options: {wide: 3}}}\nspace:\n"
+    text = "base: digits_uniform\nsettings: {model: {name: 'mine:net', options: {wide: 3}}}\nspace:\n"
     sweep = load_sweep(file(text + "  model.options.deep: {choice: [1, [2, 3]]}\n"), [])
     assert axes(sweep) == {"model.options.deep": ("choice", (1, [2, 3]))}
     assert trial_config(sweep, {"model.options.deep": [2, 3]}).model.options == {"wide": 3, "deep": [2, 3]}
@@ -150,7 +150,7 @@ def test_steps_are_the_budgets_however_they_are_given(file):
         sweep = load_sweep(file(), arguments)
         assert (sweep.run.steps, sweep.config.budget.steps) == (50, 50)
     unsaid = file(MINE.replace(", steps: 600", ""))
-    assert load_sweep(unsaid, []).config.budget.steps == load_run_config("digits", []).steps
+    assert load_sweep(unsaid, []).config.budget.steps == load_run_config("digits_uniform", []).steps
 
 
 def test_what_is_fixed_on_the_command_line_is_searched_no_more(file):
@@ -252,7 +252,7 @@ def test_a_trial_is_the_sweeps_run_at_its_point(file):
 
 
 def test_all_mistakes_of_file_and_command_line_come_at_once_with_their_lines(file):
-    text = """base: digits
+    text = """base: digits_uniform
 sercher: tpe
 batch_size: 3
 scheduler: asha
@@ -334,14 +334,14 @@ space:
 )
 def test_a_mistake_in_an_axis_is_named_with_its_line_and_remedy(file, axis, said):
     others = "  sgld.clamp: {choice: [none, 1]}\n  sgld.noise_scale: {uniform: [0.5, 2]}\n"
-    path = file(f"base: digits\nspace:\n  {axis}\n{others}")
+    path = file(f"base: digits_uniform\nspace:\n  {axis}\n{others}")
     (found,) = problems(path)
     assert found.startswith(f"{path}:3: space.")
     assert said in found
 
 
 def test_a_circle_of_two_is_said_of_both(file):
-    text = """base: digits
+    text = """base: digits_uniform
 space:
   sgld.steps: {int: [1, 2], when: {sgld.clamp: 1}}
   sgld.clamp: {choice: [none, 1], when: {sgld.steps: 1}}
@@ -350,7 +350,7 @@ space:
 
 
 def test_a_condition_makes_possible_what_alone_is_not(file):
-    text = "base: digits\nspace:\n  replay.capacity: {choice: [2000, 9000]}\n  batch_size: {choice: [64, 4000], when: "
+    text = "base: digits_uniform\nspace:\n  replay.capacity: {choice: [2000, 9000]}\n  batch_size: {choice: [64, 4000], when: "
     assert load_sweep(file(text + "{replay.capacity: 9000}}\n"), [])
     assert "has 4000, with which replay.capacity" in problems(file(text + "{replay.capacity: 2000}}\n"))[0]
 
@@ -402,7 +402,7 @@ def test_a_mistake_is_named_with_its_remedy(file, arguments, said):
 
 
 def test_a_grid_must_fit_the_budget_base_included(file):
-    text = "base: digits\nsearcher: grid\nbudget: {trials: 6}\nspace:\n"
+    text = "base: digits_uniform\nsearcher: grid\nbudget: {trials: 6}\nspace:\n"
     path = file(text + "  sgld.steps: {grid: [5, 10]}\n  sgld.clamp: {grid: [none, 1, 2]}\n")
     assert load_sweep(path, []), "one of its six points is the base"
     (found,) = problems(path, "budget.trials=5")
@@ -410,7 +410,7 @@ def test_a_grid_must_fit_the_budget_base_included(file):
 
 
 def test_a_sweep_without_axes_or_without_a_base_is_none(file):
-    path = file("base: digits\nspace: {}\n")
+    path = file("base: digits_uniform\nspace: {}\n")
     assert problems(path) == [f"{path}: space: has no axes, so that there is nothing to search"]
     (found,) = problems(file("space: {sgld.steps: {int: [1, 2]}}\n"))
     assert found.startswith("base: is required")
@@ -424,8 +424,8 @@ def test_a_sweep_without_axes_or_without_a_base_is_none(file):
 
 def test_mistakes_in_the_recipe_have_its_lines(file, tmp_path):
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text("base: digits\nsgld:\n  steps: 0\n")
-    assert problems(file(MINE.replace("base: digits", "base: recipe.yaml"))) == [
+    recipe.write_text("base: digits_uniform\nsgld:\n  steps: 0\n")
+    assert problems(file(MINE.replace("base: digits_uniform", "base: recipe.yaml"))) == [
         f"{recipe}:3: sgld.steps: is 0, must be at least 1"
     ]
 

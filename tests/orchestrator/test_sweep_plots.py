@@ -91,7 +91,7 @@ space:
 
 def test_conditions_and_the_base_stand_in_the_panels(tmp_path):
     text = """
-base: digits
+base: digits_uniform
 space:
   model.activation: {choice: [leaky_relu, silu]}
   objective.energy_l2: {loguniform: [0.001, 1], when: {model.activation: silu}}
