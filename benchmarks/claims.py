@@ -1,6 +1,7 @@
 """The paper's claims on a recipe and its classifier twin:  python benchmarks/claims.py RECIPE --seeds 0-4 [--out FILE]
 
-For each seed: `jobs/train.py RECIPE`, `jobs/train.py RECIPE_classifier`, `jobs/evaluate.py A --against B`, suite full.
+For each seed: `jobs/train.py RECIPE`, `jobs/train.py RECIPE_classifier`, `jobs/evaluate.py A --against B`, suite full
+but for attacks and samples.
 A figure is the mean over seeds with its 95 % t-interval, and so is the difference, JEM less classifier, seed by seed:
 they tell of the training's randomness, where a report's intervals tell of the finite test set. Runs and evaluations
 that are there in storage_path (./runs) are read, not made again.
@@ -30,6 +31,9 @@ FIGURES = {
     "ECE at temperature": "test_scaled/ece",
     "NLL at temperature": "test_scaled/nll",
 }
+WITHOUT = ("evaluate.attack.images=1", "evaluate.attack.refine=[0]", "evaluate.generate.samples=10")
+"""No figure here is of attacks or samples, most of a full evaluation's time: benchmarks/robustness.py measures those."""
+
 OWN_SCORES = ("log_px", "max_py", "approx_mass")
 
 
@@ -47,7 +51,7 @@ def pair(recipe: str, seed: int, settings: list[str]) -> dict[str, Any]:
     places = [s for s in settings if s.startswith(("storage_path=", "tracking."))]
     runs = [command(train, name, f"seed={seed}", *settings) for name in (recipe, f"{recipe}_classifier")]
     first, second = (str(Path(run["checkpoint"]).parents[1]) for run in runs)
-    compared = command(evaluate, first, "--against", second, *places)
+    compared = command(evaluate, first, "--against", second, *WITHOUT, *places)
     rows = json.loads(Path(compared["against"]).read_text())["rows"]
     seen = {}
     for side, model in enumerate(("jem", "classifier")):
