@@ -32,7 +32,7 @@ FIGURES = {
     "NLL at temperature": "test_scaled/nll",
 }
 WITHOUT = ("evaluate.attack.images=1", "evaluate.attack.refine=[0]", "evaluate.generate.samples=10")
-"""No figure here is of attacks or samples, most of a full evaluation's time: benchmarks/robustness.py measures those."""
+"""No figure here is of attacks or samples, most of a full evaluation's time: benchmarks/robustness.py has those."""
 
 OWN_SCORES = ("log_px", "max_py", "approx_mass")
 

@@ -1,6 +1,6 @@
 """What fewer bits cost:  python benchmarks/numerics.py [--seeds 0-4] [--steps N] --out FILE
 
-Trains the recipe digits_uniform in one process, without Ray, with bf16 arithmetic in the network and with chains stored in
+Trains digits_uniform in one process, without Ray, with bf16 arithmetic in the network and with chains stored in
 uint8, and compares the figures on the test split and of the chains seed by seed: means, and differences, with 95 %
 t-intervals over seeds. One thing changes at a time. uint8 needs a clamp, hence the settings with one. Runs that
 FILE has of the same steps are kept: an interrupted benchmark goes on. About a minute a run on two cores.

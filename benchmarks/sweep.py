@@ -1,6 +1,6 @@
 """What a sweep costs beside training:  python benchmarks/sweep.py [--trials 16 --seconds 30 --calls 200] [--out FILE]
 
-useful  jobs/sweep.py on digits_uniform, as a user calls it: the time that trials spend between their first and last event
+useful  jobs/sweep.py on digits_uniform, as users call it: the time that trials spend between their first and last event
         of training, against the wall clock of the whole command times the cores.
 calls   so many trials of one step in this process, without Ray: what of a trial's time is not the worker
         function's own, and what the driver adds for it: drawing its point, looking at it, sending it to MLflow.

@@ -173,7 +173,7 @@ def _start(written: WrittenArm, run: RunConfig, fixed: Mapping[str, Entry], besi
 
 
 def _trained(key: str) -> bool:
-    return key == "steps" or (key.split(".")[0] in SCIENCE and not _reason(key))
+    return key in ("steps", *OWN_ALL_THE_SAME) or (key.split(".")[0] in SCIENCE and not _reason(key))
 
 
 def _reason(key: str) -> str | None:

@@ -102,7 +102,9 @@ def test_a_recipe_brings_what_is_trained_and_not_where_or_how(tmp_path):
 
 def test_what_a_base_has_and_an_arms_recipe_has_not_is_not_the_arms(tmp_path):
     (tmp_path / "base.yaml").write_text("base: digits_uniform\nsgld: {clamp: 2}\n")
-    sweep = sweep_of(tmp_path, with_arms(["free: {recipe: digits_uniform}"]).replace("base: digits_uniform", "base: base.yaml"))
+    sweep = sweep_of(
+        tmp_path, with_arms(["free: {recipe: digits_uniform}"]).replace("base: digits_uniform", "base: base.yaml")
+    )
     assert points(sweep)["free"] == {"sgld.clamp": None}
 
 
@@ -117,6 +119,14 @@ def test_averaged_weights_are_measured_in_the_arm_that_has_them(tmp_path):
     sweep = sweep_of(tmp_path, with_arms(["ema: {optimizer.ema_decay: 0.9, evaluate.ema: true}"]))
     assert trial_config(sweep, points(sweep)["ema"]).evaluate.ema
     assert not sweep.run.evaluate.ema
+
+
+@pytest.mark.parametrize(("base", "recipe"), [("digits_uniform", "digits"), ("digits", "digits_uniform")])
+def test_an_arm_of_another_recipe_averages_and_measures_as_that_one_does(tmp_path, base, recipe):
+    lines = with_arms([f"other: {{recipe: {recipe}}}"]).replace("base: digits_uniform", f"base: {base}")
+    sweep = sweep_of(tmp_path, lines)
+    other, alone = trial_config(sweep, points(sweep)["other"]), load_run_config(recipe, [])
+    assert (other.evaluate.ema, other.optimizer.ema_decay) == (alone.evaluate.ema, alone.optimizer.ema_decay)
 
 
 # The name
@@ -292,7 +302,9 @@ def test_every_mistake_is_in_one_error(tmp_path):
 
 
 def test_without_a_base_the_arms_are_checked_alone(tmp_path):
-    found = "\n".join(problems(tmp_path, with_arms(["x: {sgld.steps: x}"]).replace("base: digits_uniform", "base: nothing")))
+    found = "\n".join(
+        problems(tmp_path, with_arms(["x: {sgld.steps: x}"]).replace("base: digits_uniform", "base: nothing"))
+    )
     assert "1: base: no recipe 'nothing'" in found
     assert "4: arms.x.sgld.steps: is 'x'" in found
 
@@ -345,7 +357,7 @@ def test_help_tells_of_arms():
 def test_the_bundled_ablation_is_there():
     sweep = load_sweep("ablation_digits", [])
     first, *_, last = names = list(points(sweep))
-    assert (first, last, len(names)) == ("baseline", "classifier", 21)
+    assert (first, last, len(names)) == ("baseline", "classifier", 22)
     assert points(sweep)["baseline"] == {}, "the paper's techniques alone"
     assert (sweep.config.base, sweep.config.seeds, sweep.run.workers) == ("digits_paper", 5, 1)
     assert sweep.run.recovery.max == 0, "what diverges is counted"

@@ -350,7 +350,7 @@ space:
 
 
 def test_a_condition_makes_possible_what_alone_is_not(file):
-    text = "base: digits_uniform\nspace:\n  replay.capacity: {choice: [2000, 9000]}\n  batch_size: {choice: [64, 4000], when: "
+    text = "base: digits\nspace:\n  replay.capacity: {choice: [2000, 9000]}\n  batch_size: {choice: [64, 4000], when: "
     assert load_sweep(file(text + "{replay.capacity: 9000}}\n"), [])
     assert "has 4000, with which replay.capacity" in problems(file(text + "{replay.capacity: 2000}}\n"))[0]
 
