@@ -26,6 +26,7 @@ from jem.data.sources import DataSet, load
 from jem.evaluate.evaluate import validate
 from jem.health import Health
 from jem.meter import Meter
+from jem.prior import fit_classes, make_prior
 from jem.train import TrainState, frozen_logits, start, train
 from jem.world import World
 from orchestrator.config import RunConfig, load_run_config
@@ -35,7 +36,9 @@ HERE = torch.device("cpu")
 
 def run(config: RunConfig, data: DataSet, figures_too: bool) -> dict[str, Any]:
     """Train one seed to its end, looking at it as a run does; what was seen, and what it came to."""
-    state = start(config, data.image_shape, data.n_classes)
+    fitted = fit_classes(config, data.train, data.n_classes)
+    prior = make_prior(config, data.train, data.n_classes, fitted, HERE)
+    state = start(config, data.image_shape, data.n_classes, prior=prior)
     batches = BatchSource(data.train, config.data, config.batch_size, config.seed)
     meter, health = Meter(HERE), Health.of(config.objective, data.n_classes)
     best, odd = 0.0, 0

@@ -94,7 +94,8 @@ def start(
     """A state at step 0; weights are the same on every rank, chains are each rank's own.
 
     `prior`: of `make_prior`, the same on every rank; none: a uniform one, which needs no images.
-    Raises ConfigError for a network of the user's own that has no halves where they are needed.
+    Raises ConfigError for a network of the user's own that has no halves where they are needed, and where the prior is to
+    be another one and is not given.
     """
     keep_freed_pages()
     with torch.random.fork_rng(devices=[]):
@@ -109,6 +110,11 @@ def start(
     chain_generator = generator(device, config.seed, "chains", world.rank, world.size, 0)
     replay, length = None, None
     if config.objective.samples_needed:
+        if prior is None and config.replay.prior != "uniform":
+            message = (
+                f"is {config.replay.prior}, fitted to the training images: give start() what jem.prior.make_prior gives"
+            )
+            raise ConfigError([Problem("replay.prior", message)])
         prior = prior or Prior(config.replay, shape)
         replay = ReplayBuffer.start(prior, n_classes, world, chain_generator, dtype_of(config), config.sgld.clamp)
         if config.sgld.max_steps is not None:

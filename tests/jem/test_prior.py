@@ -9,6 +9,7 @@ from jem import prior as module
 from jem.checkpoint import prior_tensors, read_manifest, restore
 from jem.config import ReplayConfig
 from jem.data.splits import Split
+from jem.errors import ConfigError
 from jem.files import Location
 from jem.predict import Card, read_prior, read_weights, save
 from jem.prior import Prior, draw_gaussian, fit_classes, fit_gaussian, make_prior
@@ -141,6 +142,13 @@ def test_data_starts_are_images_of_the_chains_class_each_as_likely_with_noise(ge
     noisy = made(small(replay__prior="data", replay__prior_noise=0.1), split)
     off = noisy.sample(torch.full((5000,), 1), torch.Generator().manual_seed(0)).flatten(1).var(dim=1).mean()
     assert off.item() == pytest.approx(0.01, rel=0.03)
+
+
+@pytest.mark.parametrize("name", ["gaussian", "data"])
+def test_a_start_without_the_prior_that_is_due_says_what_to_give(name):
+    with pytest.raises(ConfigError, match=f"replay.prior: is {name}, .*jem.prior.make_prior"):
+        start(small(replay__prior=name), SHAPE, 3)
+    assert start(small(replay__prior=name, objective__p_x_weight=0), SHAPE, 3).replay is None, "no chains, no prior"
 
 
 def test_a_share_starts_uniform(generator):
