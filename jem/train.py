@@ -94,8 +94,8 @@ def start(
     """A state at step 0; weights are the same on every rank, chains are each rank's own.
 
     `prior`: of `make_prior`, the same on every rank; none: a uniform one, which needs no images.
-    Raises ConfigError for a network of the user's own that has no halves where they are needed, and where a prior that is
-    fitted to images is due and not given.
+    Raises ConfigError for a network of the user's own that has no halves where they are needed, and where a prior that
+    is fitted to images is due and not given.
     """
     keep_freed_pages()
     with torch.random.fork_rng(devices=[]):
