@@ -103,8 +103,11 @@ def build(cls: type[S], entries: Mapping[str, Entry]) -> S:
             problems.append(Problem(key, str(error), entries[key].origin))
     failed = {problem.key for problem in problems}
     instance, conflicts = _assemble(cls, values, "")
+    mistaken = {key.split(".")[0] for key in (*failed, *(key for key, _ in conflicts)) if "." in key}
     for key, message in conflicts:
-        if key not in failed:
+        # what is wrong in a group leaves its defaults there: what is said of them to others is of no mistake of theirs
+        misled = any(f"{group}." in message for group in mistaken - {key.split(".")[0]})
+        if key not in failed and not misled:
             problems.append(Problem(key, message, entries[key].origin if key in entries else ""))
     if problems or instance is None:
         raise ConfigError(problems)

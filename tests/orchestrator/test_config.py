@@ -310,6 +310,14 @@ def test_values_that_do_not_go_together_are_found_in_all_groups_at_once():
     assert len(found) == 4
 
 
+@pytest.mark.parametrize("mistake", ["optimizer.decay_steps=[2, 1]", "optimizer.ema_decay=much"])
+def test_a_mistake_in_one_group_is_not_told_as_one_in_another(mistake):
+    (found,) = problems("digits", mistake)  # whose evaluate.ema needs optimizer.ema_decay
+    assert f"command line: {mistake.split('=')[0]}: " in found
+    (found,) = problems("digits", "optimizer.ema_decay=0")
+    assert "evaluate.ema: is true, but no weights are averaged" in found
+
+
 @pytest.mark.parametrize(
     ("setting", "said"),
     [

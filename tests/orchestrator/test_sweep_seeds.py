@@ -349,7 +349,7 @@ def test_other_science_of_the_same_name_is_told_with_the_differences(store, no_r
     made_seeds(Location.of("runs/five-seeds"), range(5))
     run_seeds(config())
     said = problems(run_seeds, config("sgld.steps=3", "seed=1"))
-    for text in ("seed: is 1,", "sgld.steps: is 3,", "has 10", "--fresh"):
+    for text in ("seed: is 1,", "sgld.steps: is 3,", "has 5", "--fresh"):
         assert text in said
     anew = run_seeds(config("sgld.steps=3"), fresh=True)
     assert "Ray is not needed" in anew.message, "it would train"

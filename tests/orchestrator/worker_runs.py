@@ -40,11 +40,11 @@ class Hooks:
     output = staticmethod(lambda out: out)
 
 
-def tiny(*settings, recipe="digits"):
+def tiny(*settings, recipe="digits_uniform"):
     return load_run_config(recipe, [*TINY, *settings])
 
 
-def fit(folder, *settings, hooks=None, world=None, report=lambda *_: None, attempt=1, recipe="digits", **job):
+def fit(folder, *settings, hooks=None, world=None, report=lambda *_: None, attempt=1, recipe="digits_uniform", **job):
     """Run the worker loop in this process, as one attempt on the run in `folder`; its outcome."""
     Hooks.passes, Hooks.at, Hooks.output = 0, hooks or {}, staticmethod(lambda out: out)
     root = folder if isinstance(folder, Location) else Location.of(folder)
