@@ -64,7 +64,8 @@ def test_chains_of_another_number_are_not_taken_over(tmp_path):
 def test_a_classifiers_checkpoint_becomes_a_jem(tmp_path):
     outcome = fit(tmp_path / "old", recipe="digits_classifier")
     training = prepared(tmp_path / "new", init_from=outcome["checkpoint"])
-    assert equal(weights(training), newest(tmp_path / "old").tensors("ema.safetensors")), "that recipe ends with averages"
+    averages = newest(tmp_path / "old").tensors("ema.safetensors")  # what that recipe ends with
+    assert equal(weights(training), averages)
     assert fit(tmp_path / "new", init_from=outcome["checkpoint"])["status"] == "finished"
 
 
