@@ -202,7 +202,7 @@ def test_a_training_brings_the_machine_it_needs_which_goes_when_it_is_done(machi
 
 
 SWEEP = """
-base: digits
+base: digits_uniform
 objective: val/nll
 budget: {trials: 2, steps: 20}
 finalists: 0

@@ -202,9 +202,8 @@ def test_evaluating_scoring_and_sweeping_are_jobs_too(head, storage, checkout, t
     assert scored.returncode == 0, scored.stdout
     assert (storage / "scores" / "scores.json").exists()
     sweep = storage / "sweep.yaml"
-    told = (
-        "base: digits\nobjective: val/nll\nsearcher: random\nbudget: {trials: 2, minutes: 3, steps: 10}\nfinalists: 0\n"
-    )
+    told = "base: digits_uniform\nobjective: val/nll\nsearcher: random\n"
+    told += "budget: {trials: 2, minutes: 3, steps: 10}\nfinalists: 0\n"
     settings = {a.partition("=")[0]: a.partition("=")[2] for a in PLAIN if "=" in a} | {"workers": "1"}
     lines = [f"  {key}: {value}" for key, value in settings.items()]
     sweep.write_text("\n".join([told + "settings:", *lines, "space: {sgld.step_size: {uniform: [0.5, 1.0]}}"]))

@@ -203,7 +203,7 @@ def test_a_store_that_stays_away_ends_the_run_with_the_reason_and_the_same_comma
 
 
 SWEEP = """
-base: digits
+base: digits_uniform
 objective: val/nll
 searcher: random
 budget: {trials: 2, steps: 30}

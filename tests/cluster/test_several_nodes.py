@@ -69,9 +69,8 @@ def test_a_training_loses_a_node_and_takes_in_another(folder, nodes):
 def test_a_sweep_ends_with_every_trial_though_a_node_is_lost_and_another_comes(folder, nodes):
     settings = {a.partition("=")[0]: a.partition("=")[2] for a in TINY if "=" in a}
     settings |= {"workers": "1", "model.options.pause": "0.3", "recovery.max_failures": "3"}
-    told = (
-        "base: digits\nobjective: val/nll\nsearcher: random\nbudget: {trials: 5, minutes: 6, steps: 60}\nfinalists: 0"
-    )
+    told = "base: digits_uniform\nobjective: val/nll\nsearcher: random\n"
+    told += "budget: {trials: 5, minutes: 6, steps: 60}\nfinalists: 0"
     lines = [told, "settings:", *(f"  {key}: {value}" for key, value in settings.items())]
     (folder / "space.yaml").write_text("\n".join([*lines, "space: {sgld.step_size: {uniform: [0.5, 1.0]}}"]))
     sweep = folder / "runs" / "nodes"

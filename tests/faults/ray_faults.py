@@ -21,7 +21,7 @@ __all__ = ["ROOT", "Command", "Tracked", "bring", "log_of", "train"]
 
 CHAINS = 400
 TINY = (
-    *("digits", "batch_size=8", "model.name=slow_net:slow", "model.channels=[4]", "optimizer.warmup_steps=2"),
+    *("digits_uniform", "batch_size=8", "model.name=slow_net:slow", "model.channels=[4]", "optimizer.warmup_steps=2"),
     *("optimizer.ema_decay=0.9", "sgld.steps=2", f"replay.capacity={CHAINS}", "checkpoint.every=10"),
     *("checkpoint.keep=100", "tracking.every=5", "tracking.images_every=1000", "evaluate.every=1000"),
     "evaluate.suite=none",

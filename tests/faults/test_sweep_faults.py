@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(900)]
 
 SWEEP = """
-base: digits
+base: digits_uniform
 searcher: grid
 budget: {trials: 4, steps: 600}
 finalists: 0

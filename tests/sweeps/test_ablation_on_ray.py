@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.timeout(900)
 
 ARMS = """\
-base: digits
+base: digits_uniform
 name: arms
 seeds: 2
 settings:
@@ -36,7 +36,7 @@ resources: {cpu: 1}
 budget: {steps: 60}
 arms:
   jem: {}
-  classifier: {recipe: digits_classifier, steps: 40}
+  classifier: {objective.p_x_weight: 0, steps: 40}
 """
 NAMES = ["classifier-s0", "classifier-s1", "jem-s0", "jem-s1"]
 

@@ -24,7 +24,7 @@ SMALL = (
 
 
 def start(folder, *settings):
-    command = [sys.executable, ROOT / "jobs" / "train.py", "digits", *SMALL, *settings]
+    command = [sys.executable, ROOT / "jobs" / "train.py", "digits_uniform", *SMALL, *settings]
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
     pipe = subprocess.PIPE
     return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment, cwd=folder)
@@ -38,7 +38,7 @@ def finish(process, code=0):
 
 def records(folder):
     """Name -> run.json of every seed's run."""
-    found = folder.glob("runs/digits-*-seeds/trials/*/run.json")
+    found = folder.glob("runs/digits_uniform-*-seeds/trials/*/run.json")
     return {path.parent.name: json.loads(path.read_text()) for path in found}
 
 

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.timeout(900)
 
 SMALL = """
-base: digits
+base: digits_uniform
 searcher: {searcher}
 scheduler: {scheduler}
 budget: {{trials: {trials}, steps: {steps}}}
