@@ -15,7 +15,7 @@ import json
 import math
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -102,12 +102,9 @@ def build(cls: type[S], entries: Mapping[str, Entry]) -> S:
         except ValueError as error:
             problems.append(Problem(key, str(error), entries[key].origin))
     failed = {problem.key for problem in problems}
-    instance, conflicts = _assemble(cls, values, "")
-    mistaken = {key.split(".")[0] for key in (*failed, *(key for key, _ in conflicts)) if "." in key}
+    instance, conflicts = _assemble(cls, values, "", failed)
     for key, message in conflicts:
-        # what is wrong in a group leaves its defaults there: what is said of them to others is of no mistake of theirs
-        misled = any(f"{group}." in message for group in mistaken - {key.split(".")[0]})
-        if key not in failed and not misled:
+        if key not in failed:
             problems.append(Problem(key, message, entries[key].origin if key in entries else ""))
     if problems or instance is None:
         raise ConfigError(problems)
@@ -193,14 +190,16 @@ def _with(mapping: Any, path: list[str], value: Any) -> Any:
     return kept | {path[0]: _with(kept.get(path[0]), path[1:], value)}
 
 
-def _assemble(cls: type[S], values: Mapping[str, Any], prefix: str) -> tuple[S | None, list[tuple[str, str]]]:
+def _assemble(
+    cls: type[S], values: Mapping[str, Any], prefix: str, failed: Set[str]
+) -> tuple[S | None, list[tuple[str, str]]]:
     arguments: dict[str, Any] = {}
     conflicts: list[tuple[str, str]] = []
     complete = True
     for field in dataclasses.fields(cls):  # type: ignore[arg-type]
         key, hint = f"{prefix}{field.name}", _hints(cls)[field.name]
         if _is_group(hint):
-            below, found = _assemble(hint, values, f"{key}.")
+            below, found = _assemble(hint, values, f"{key}.", failed)
             conflicts += found
             if below is not None:  # else its defaults, so that conflicts elsewhere are found too
                 arguments[field.name] = below
@@ -213,7 +212,12 @@ def _assemble(cls: type[S], values: Mapping[str, Any], prefix: str) -> tuple[S |
     try:
         return cls(**arguments), conflicts
     except ConfigError as error:
-        return None, conflicts + [(f"{prefix}{p.key}", p.message) for p in error.problems]
+        own = [(f"{prefix}{p.key}", p.message) for p in error.problems]
+        # a group with a mistake has defaults here: what they do not go together with is no mistake as well
+        wrong = {f"{key.rpartition('.')[0]}." for key in (*failed, *(key for key, _ in conflicts)) if "." in key}
+        return None, conflicts + [
+            (k, said) for k, said in own if not any(g in said for g in wrong if not k.startswith(g))
+        ]
 
 
 def _coerce(hint: Any, entry: Entry, field: dataclasses.Field[Any]) -> Any:
