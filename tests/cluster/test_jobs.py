@@ -11,9 +11,10 @@ import time
 from pathlib import Path
 
 import pytest
+from ports import free_port
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "faults"))
-from ray_faults import TINY, Cluster, Tracked, free_port, log_of
+from ray_faults import TINY, Cluster, Tracked, log_of
 
 from jem.errors import ConfigError
 from orchestrator import facts
@@ -49,8 +50,8 @@ class Head:
         self.cluster, self.address, self.checkout = cluster, address, checkout
         self.environment = os.environ | cluster.environment | {"RAY_API_SERVER_ADDRESS": address}
 
-    def wait_for_dashboard(self, timeout=500):
-        """On a busy machine it is up later than the head."""
+    def wait_for_dashboard(self, timeout=100):
+        """On a busy machine it answers later than it is up."""
         deadline = time.monotonic() + timeout
         while (listed := self.ray("list")).returncode != 0:
             assert time.monotonic() < deadline, listed.stderr
@@ -81,9 +82,11 @@ def head(tmp_path_factory, checkout):
         (stale / name / "__init__.py").write_text("raise SystemExit('the copy that is installed on the cluster runs')")
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # the environment is active, as docs/cluster.md says
     told = {"RAY_JOB_STOP_WAIT_TIME_S": "40", "PYTHONPATH": str(stale), "PATH": path}
+    told["RAY_DASHBOARD_STARTUP_TIMEOUT_S"] = "150"  # of a busy machine; Ray's own minute is a reason to go on without
     cluster = Cluster(tmp_path_factory.mktemp("r"), told)
     port, agent = free_port(), free_port()
-    cluster.head("--dashboard-host=127.0.0.1", f"--dashboard-port={port}", f"--dashboard-agent-listen-port={agent}")
+    dashboard = "--include-dashboard=true", "--dashboard-host=127.0.0.1", f"--dashboard-port={port}"
+    cluster.head(*dashboard, f"--dashboard-agent-listen-port={agent}")
     cluster.environment.pop("PYTHONPATH")
     head = Head(cluster, f"http://127.0.0.1:{port}", checkout)
     try:

@@ -16,9 +16,10 @@ import boto3
 import pytest
 from gate import Gate
 from moto.server import ThreadedMotoServer
+from ports import free_port
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "faults"))
-from ray_faults import ROOT, TINY, Command, attempts, bring, free_port
+from ray_faults import ROOT, TINY, Command, attempts, bring
 
 from jem import checkpoint
 from jem.files import Location

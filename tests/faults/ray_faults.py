@@ -2,7 +2,6 @@
 
 import os
 import secrets
-import socket
 import subprocess
 import sys
 import time
@@ -12,6 +11,7 @@ import psutil
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "jobs"))
 from commands import ROOT, Command, Tracked, bring, log_of, train
+from ports import free_port
 
 from jem import checkpoint
 from jem.files import Location
@@ -67,12 +67,6 @@ def rank_1(command, run):
     assert len(workers) == 2
     (found,) = [p for p in workers if log not in {file.path for file in p.open_files()}]
     return found
-
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 class Cluster:

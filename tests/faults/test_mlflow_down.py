@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import sqlite3
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+from ports import free_port
 
 from jem.files import Location
 from orchestrator.config import load_run_config
@@ -58,9 +58,7 @@ class Server:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.db = folder, folder / "mlflow.db"
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+        self.port = free_port()
         self.uri = f"http://127.0.0.1:{self.port}"
         self.process: subprocess.Popen[bytes] | None = None
 

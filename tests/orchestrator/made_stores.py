@@ -1,6 +1,5 @@
 """MLflow stores on SQLite, read with sqlite3 and not through the code under test."""
 
-import socket
 import sqlite3
 from pathlib import Path
 
@@ -49,9 +48,3 @@ def empty_store(folder):
     store.rows("DELETE FROM tags")
     store.rows("DELETE FROM runs")
     return store
-
-
-def closed_port():
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]

@@ -11,7 +11,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import sqlite3
 import subprocess
 import sys
@@ -23,6 +22,7 @@ from urllib.parse import parse_qs, urlsplit
 import aiohttp
 import PIL.Image
 import pytest
+from ports import free_port
 from worker_runs import fit, tiny
 
 from jem.files import Location
@@ -175,9 +175,7 @@ def sent(browser, tmp_path_factory):
 @pytest.fixture(scope="module")
 def server(sent):
     """`mlflow server` on the run's store, as `make ui` starts it; its address."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     store = ("--backend-store-uri", f"sqlite:///{sent.storage / 'mlflow.db'}")
     command = [sys.executable, "-m", "mlflow", "server", *store, "--port", str(port), "--workers", "1"]
     # the workers that run jobs for its pages are not needed, and take half of the start

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from made_models import portable
+from ports import free_port
 
 from jem.predict import Predictor
 from orchestrator.outbox import Model
@@ -150,9 +150,7 @@ def server(tmp_path):
     run_id = client.create_run(client.create_experiment("jem", f"{tmp_path}/artifacts")).info.run_id
     card = portable(tmp_path / "model")
     register(client, run_id, tmp_path / "model", Model("model", 7, "served", "nll", card.digest))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "mlflow", "models", "serve", "-m", "models:/served@champion"]
     command += ["--env-manager", "local", "--port", str(port)]
     bin_folder = Path(sys.executable).parent

@@ -10,7 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
-from made_stores import Store, closed_port, empty_store
+from made_stores import Store, empty_store
+from ports import free_port
 
 from jem.files import Location
 from orchestrator.events import EventLog, read
@@ -379,7 +380,7 @@ def test_an_mlflow_that_comes_back_gets_everything_after_one_warning(migrated, t
 
 def left_behind(sweep, caplog):
     """A sweep whose MLflow was never there."""
-    dead = f"http://127.0.0.1:{closed_port()}"
+    dead = f"http://127.0.0.1:{free_port()}"
     uploads = sweep.uploads(dead)
     uploads.start()
     sweep.add(uploads, "t000", "t001", uri=dead)

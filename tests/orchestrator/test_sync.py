@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import shutil
-import socket
 import sqlite3
 
 import pytest
 from made_runs import Driver, made, write_log
+from ports import free_port
 from worker_runs import object_store
 
 from jem.errors import ConfigError
@@ -42,10 +42,7 @@ def storage(empty, tmp_path, monkeypatch):
 @pytest.fixture
 def dead():
     """The URI of a server that is not there."""
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        port = server.getsockname()[1]
-    return f"http://127.0.0.1:{port}"
+    return f"http://127.0.0.1:{free_port()}"
 
 
 def rows(database, query, *arguments):

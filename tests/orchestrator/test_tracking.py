@@ -15,8 +15,9 @@ from pathlib import Path
 
 import pytest
 from made_models import portable
-from made_stores import Store, closed_port, empty_store
+from made_stores import Store, empty_store
 from PIL import Image
+from ports import free_port
 
 from jem.errors import ConfigError, JEMError
 from jem.files import Location
@@ -251,7 +252,7 @@ def test_another_machine_that_knows_only_checkpoints_sends_nothing_twice(store, 
 
 
 def test_a_dead_server_slows_and_fails_nothing_and_nothing_is_lost(store, run_dir, log, caplog):
-    sender = uploader(store, run_dir, uri=f"http://127.0.0.1:{closed_port()}")
+    sender = uploader(store, run_dir, uri=f"http://127.0.0.1:{free_port()}")
     start = time.monotonic()
     sender.start()
     assert time.monotonic() - start < 2, "the thread starts aside"
@@ -447,7 +448,7 @@ def test_a_model_that_mlflow_was_away_for_is_sent_by_sync(store, run_dir, log):
     train(log, 1, 3)
     event = model_event(run_dir)
     log.append("model", **event)
-    sender = uploader(store, run_dir, uri=f"http://127.0.0.1:{closed_port()}")
+    sender = uploader(store, run_dir, uri=f"http://127.0.0.1:{free_port()}")
     sender.start()
     assert sender.finish("finished", timeout=3) is None
     assert sender.registered(event["digest"]) is None
@@ -498,7 +499,7 @@ def test_a_registry_that_is_away_for_a_moment_gets_the_model_and_one_that_refuse
 
 def test_sync_sends_what_a_dead_server_did_not_take(store, run_dir, log):
     train(log, 1, 5)
-    sender = uploader(store, run_dir, uri=f"http://127.0.0.1:{closed_port()}")
+    sender = uploader(store, run_dir, uri=f"http://127.0.0.1:{free_port()}")
     sender.start()
     sender.finish("stopped", 1)
     with pytest.raises(JEMError, match="5 points and files are still only in"):
@@ -526,7 +527,7 @@ def test_sync_of_a_directory_that_is_no_run_says_so(tmp_path):
 
 
 def test_a_password_is_neither_kept_nor_shown(run_dir, log, caplog):
-    uri = f"http://user:secret@127.0.0.1:{closed_port()}"
+    uri = f"http://user:secret@127.0.0.1:{free_port()}"
     sender = uploader(Store(run_dir), run_dir, uri=uri)
     sender.start()
     sender.finish("finished", 2)
