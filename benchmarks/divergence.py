@@ -1,7 +1,7 @@
 """When do runs diverge, and when is it noticed? Trains a recipe for several seeds on one thread, without Ray.
 
     python benchmarks/divergence.py digits_unstable --seeds 0-9 --out docs/results/divergence_plain.json
-    python benchmarks/divergence.py mnist5k sgld.clamp=1 --seeds 0 --steps 2000 --figures --out /tmp/mnist.json
+    python benchmarks/divergence.py mnist5k_uniform sgld.clamp=1 --seeds 0 --steps 2000 --figures --out /tmp/mnist.json
 
 Nothing is done about a run that is found sick: it goes on, so that its end says whether it was. `--figures` keeps
 the figures of every look.

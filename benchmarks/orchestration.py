@@ -1,4 +1,4 @@
-"""What Ray, MLflow and checkpoints cost a run:  python benchmarks/orchestration.py [--recipe mnist5k] [--steps 4000]
+"""What Ray, MLflow and checkpoints cost a run:  python benchmarks/orchestration.py [--recipe mnist5k_uniform] [--steps 4000]
 
 Pairs of `python jobs/train.py RECIPE workers=1`, with tracking, health and checkpoints at their default intervals, and
 of the bare loop of jem/ on the same work: the same steps, and the same validation at the same steps. Start-up is left
@@ -75,7 +75,7 @@ def orchestrated(arguments: argparse.Namespace) -> dict[str, float]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipe", default="mnist5k")
+    parser.add_argument("--recipe", default="mnist5k_uniform")
     parser.add_argument("--steps", type=int, default=4_000)
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--bare", action="store_true", help="the bare loop alone, in this process")
