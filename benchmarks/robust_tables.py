@@ -105,11 +105,13 @@ def by_step(path: Path) -> str:
 
 
 def chains(path: Path) -> str:
-    """Chains at 1, 10 and 100 times the training length."""
+    """Chains at 1, 10 and 100 times the training length, as far as they were followed."""
     seeds = _seeds(path)
     first = seeds[0]["jem"]["chains"]
     rows = []
     for times in (1, 10, 100):
+        if times * first["length"] not in first["steps"]:
+            continue
         at = first["steps"].index(times * first["length"])
         cells = [
             _mean(seeds, lambda seed, name=name, at=at: seed["jem"]["chains"][name][at][0], 3)

@@ -17,7 +17,7 @@ from claims import ROOT, command
 from common import machine, save, seeds_of
 
 SETS = "evaluate.sets=[interp]"
-SAMPLES_ALONE = ("evaluate.attack.images=1", "evaluate.attack.refine=[0]", SETS)
+SAMPLES_ALONE = ("evaluate.attack.images=1", "evaluate.attack.refine=[0]", "evaluate.generate.lengths=[1]", SETS)
 
 
 def pair(recipe: str, seed: int, settings: list[str]) -> dict[str, Any]:
