@@ -224,9 +224,6 @@ TABLES = {
     "robust-digits": Table(("robustness_digits.json",), robust.worst),
     "robust-digits-attacks": Table(("robustness_digits.json",), robust.attacks),
     "robust-digits-masking": Table(("robustness_digits.json",), robust.masking),
-    "robust-mnist5k": Table(("robustness_mnist5k.json",), robust.worst),
-    "robust-mnist5k-attacks": Table(("robustness_mnist5k.json",), robust.attacks),
-    "robust-mnist5k-masking": Table(("robustness_mnist5k.json",), robust.masking),
     "ablation-digits": Table(("ablation_digits",), ablation.figures),
     "ablation-digits-differences": Table(("ablation_digits",), ablation.differences),
     "ablation-digits-scores": Table(
@@ -239,9 +236,6 @@ TABLES = {
     "samples-digits": Table(("robustness_digits.json",), robust.generation),
     "samples-digits-steps": Table(("robustness_digits.json",), robust.by_step),
     "samples-digits-chains": Table(("robustness_digits.json",), robust.chains),
-    "samples-mnist5k": Table(("robustness_mnist5k.json",), robust.generation),
-    "samples-mnist5k-steps": Table(("robustness_mnist5k.json",), robust.by_step),
-    "samples-mnist5k-chains": Table(("robustness_mnist5k.json",), robust.chains),
 }
 
 
