@@ -1,4 +1,4 @@
-"""What Ray, MLflow and checkpoints cost a run:  python benchmarks/orchestration.py [--recipe mnist5k_uniform] [--steps 4000]
+"""What Ray, MLflow and checkpoints cost a run:  python benchmarks/orchestration.py [--recipe NAME] [--steps 4000]
 
 Pairs of `python jobs/train.py RECIPE workers=1`, with tracking, health and checkpoints at their default intervals, and
 of the bare loop of jem/ on the same work: the same steps, and the same validation at the same steps. Start-up is left
