@@ -6,7 +6,7 @@ import socket
 
 def free_port() -> int:
     """One below the kernel's own range: such a port is not given to whoever connects to something before its server is
-    up, which for Ray's dashboard takes many seconds. Above Ray's range for workers (10002 to 19999)."""
+    up. Above Ray's range for workers (10002 to 19999)."""
     while True:
         port = 20_000 + secrets.randbelow(12_000)
         with socket.socket() as probe:

@@ -34,7 +34,7 @@ def test_every_node_is_looked_at_and_one_with_another_storage_is_named(tmp_path,
     if not can_be_apart(tmp_path):
         pytest.skip("mounts cannot be made here (no root, or a container without CAP_SYS_ADMIN)")
     storage, elsewhere = tmp_path_factory.mktemp("shared"), tmp_path_factory.mktemp("elsewhere")
-    cluster = Cluster(tmp_path_factory.mktemp("r"))
+    cluster = Cluster()
     try:
         cluster.head()
         ended, result = doctor(cluster, f"storage_path={storage}", "workers=1")

@@ -83,7 +83,7 @@ def head(tmp_path_factory, checkout):
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # the environment is active, as docs/cluster.md says
     told = {"RAY_JOB_STOP_WAIT_TIME_S": "40", "PYTHONPATH": str(stale), "PATH": path}
     told["RAY_DASHBOARD_STARTUP_TIMEOUT_S"] = "150"  # of a busy machine; Ray's own minute is a reason to go on without
-    cluster = Cluster(tmp_path_factory.mktemp("r"), told)
+    cluster = Cluster(told)
     port, agent = free_port(), free_port()
     dashboard = "--include-dashboard=true", "--dashboard-host=127.0.0.1", f"--dashboard-port={port}"
     cluster.head(*dashboard, f"--dashboard-agent-listen-port={agent}")

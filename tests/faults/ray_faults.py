@@ -2,8 +2,10 @@
 
 import os
 import secrets
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -72,8 +74,9 @@ def rank_1(command, run):
 class Cluster:
     """Ray nodes of one CPU each on this machine, with ports, a token and a folder of their own."""
 
-    def __init__(self, folder, settings=()):
-        self.folder, self.nodes = folder, []
+    def __init__(self, settings=()):
+        # a short one: Ray's sockets lie below it, and a path of more than 107 bytes ends the dashboard (not the head)
+        self.folder, self.nodes = Path(tempfile.mkdtemp(prefix="r", dir="/tmp")), []
         self.address = f"127.0.0.1:{free_port()}"
         self.environment = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)} | dict(settings)
 
@@ -110,3 +113,4 @@ class Cluster:
     def close(self):
         for node in reversed(self.nodes):
             self.kill(node)
+        shutil.rmtree(self.folder, ignore_errors=True)

@@ -48,8 +48,8 @@ def start(folder):
 
 
 @pytest.fixture
-def cluster(tmp_path_factory, monkeypatch):
-    cluster = Cluster(tmp_path_factory.mktemp("r"))
+def cluster(monkeypatch):
+    cluster = Cluster()
     for key, value in cluster.environment.items():
         monkeypatch.setenv(key, value)
     cluster.head()

@@ -27,8 +27,8 @@ space:
 
 
 @pytest.fixture
-def cluster(tmp_path_factory):
-    cluster = Cluster(tmp_path_factory.mktemp("r"))
+def cluster():
+    cluster = Cluster()
     cluster.head()
     yield cluster
     cluster.close()
