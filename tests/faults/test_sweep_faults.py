@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from ray_faults import Cluster
+from ray_faults import Cluster, log_of
 
 ROOT = Path(__file__).parents[2]
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(900)]
@@ -38,9 +38,8 @@ def attempts(folder):
     """Trial -> (steps at which its attempts began, status)."""
     found = {}
     for path in folder.glob("runs/small-*/trials/*/run.json"):
-        log = [json.loads(line) for line in (path.parent / "events.jsonl").read_text().splitlines()]
-        began = [event["step"] for event in log if event["kind"] == "attempt"]
-        newest = max((event["step"] for event in log if event["kind"] == "checkpoint"), default=0)
+        began = [event["step"] for event in log_of(path.parent, "attempt")]
+        newest = max((event["step"] for event in log_of(path.parent, "checkpoint")), default=0)
         found[path.parent.name] = (began, newest, json.loads(path.read_text())["status"])
     return found
 
