@@ -18,8 +18,6 @@ import yaml
 from machine import Machine
 from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID
 from ray.autoscaler._private.util import prepare_config
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "faults"))
 from ray_faults import TINY
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1800)]

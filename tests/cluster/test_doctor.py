@@ -6,11 +6,8 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "faults"))
 from ray_faults import ROOT, Cluster
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]

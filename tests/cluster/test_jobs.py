@@ -12,8 +12,6 @@ from pathlib import Path
 
 import pytest
 from ports import free_port
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "faults"))
 from ray_faults import TINY, Cluster, Tracked, log_of
 
 from jem.errors import ConfigError
