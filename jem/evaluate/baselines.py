@@ -21,6 +21,8 @@ NAMES = ("msp", "energy", "odin", "mahalanobis", "vim", "knn")
 OF_FEATURES = ("mahalanobis", "vim", "knn")
 NEIGHBOURS = 50
 """Of `knn`, as its paper has for CIFAR-10."""
+SEARCHED = 10_000
+"""Training features that `knn` searches at most, evenly spaced: each image is compared with all of them."""
 
 OfLogits = Callable[[Tensor], Tensor]
 OfFeatures = Callable[[Tensor], Tensor]
@@ -114,13 +116,17 @@ def vim(train: Float[Tensor, "n d"], head: nn.Linear) -> OfFeatures:
     return score
 
 
-def knn(train: Float[Tensor, "n d"], k: int = NEIGHBOURS) -> OfFeatures:
+def knn(train: Float[Tensor, "n d"], k: int = NEIGHBOURS, most: int = SEARCHED) -> OfFeatures:
     """-distance to the k-th nearest training feature, features scaled to length 1 (Sun et al., 2022; their CIFAR-10 k).
 
-    Raises DataError if there are fewer than k.
+    Of more than `most` training features only so many are searched, and k falls in proportion, as in the paper: the
+    1000th of all of ImageNet, the 10th of one in a hundred. Raises DataError if there are fewer than k.
     """
     if len(train) < k:
         raise DataError(f"knn: {len(train)} training images, k = {k} neighbours need as many")
+    if len(train) > most:
+        k = max(1, round(k * most / len(train)))
+        train = train[torch.arange(most, device=train.device) * len(train) // most]
     detector = detectors().KNN(None, k=k)
     detector.knn.set_params(n_jobs=1)
     detector.fit_features(_exact(train), torch.zeros(len(train), dtype=torch.int64))

@@ -144,6 +144,14 @@ def test_knn_is_the_distance_to_the_kth_neighbour_of_unit_features(network, imag
         baselines.knn(train[:49])
 
 
+def test_knn_searches_a_share_of_many_features_and_so_many_fewer_neighbours(network, images, generator):
+    train = features_of(network, images)  # of 80
+    test = features_of(network, torch.randn(30, 1, 4, 4, generator=generator))
+    a, b = (nn.functional.normalize(z.double()) for z in (train[::4], test))
+    expected = torch.cdist(b, a).sort(dim=1).values[:, 9]
+    torch.testing.assert_close(-baselines.knn(train, k=40, most=20)(test), expected)
+
+
 def test_far_features_score_low_by_every_baseline_of_features(network, images, labels, generator):
     """In-distribution near the training features, outside far off in a direction they never take."""
     train = torch.randn(80, 12, generator=generator) * torch.linspace(1, 0.01, 12) + 2
