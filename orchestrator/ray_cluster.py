@@ -147,7 +147,8 @@ def train_on_ray(
     gpu = use_gpu(config, cluster)
     trainer = (_private_trainer() if cluster.private else TorchTrainer)(
         _worker,
-        train_loop_config={"job": job},
+        # Ray sets OMP_NUM_THREADS for every worker; what the user said of it is known here alone.
+        train_loop_config={"job": job, "threads": os.environ.get("OMP_NUM_THREADS") if cluster.private else None},
         scaling_config=ScalingConfig(
             num_workers=(config.min_workers, config.max_workers) if elastic(config) else config.max_workers,
             use_gpu=gpu,
@@ -213,8 +214,7 @@ def _worker(arguments: dict[str, Any]) -> dict[str, Any]:
 
     job: Job = arguments["job"]
     context = ray.train.get_context()
-    # Ray gives one thread whatever the machine has; workers on one machine share its cores evenly.
-    torch.set_num_threads(max(1, cores() // context.get_local_world_size()))
+    torch.set_num_threads(threads(arguments["threads"], context.get_local_world_size()))
     if job.config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -227,6 +227,15 @@ def _worker(arguments: dict[str, Any]) -> dict[str, Any]:
         ray.train.report({**metrics, "checkpoint": uri})
 
     return run(job, world, device, report)
+
+
+def threads(said: str | None, workers_here: int) -> int:
+    """Of a worker, instead of the one that Ray gives: workers on one machine share its cores evenly.
+
+    `said`: OMP_NUM_THREADS, the most for each worker, so that two runs beside each other can share a machine.
+    """
+    share = max(1, cores() // workers_here)
+    return min(share, int(said)) if said and said.isdecimal() and int(said) else share
 
 
 def cores() -> int:

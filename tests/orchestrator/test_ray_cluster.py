@@ -10,7 +10,7 @@ import pytest
 from jem.errors import ConfigError
 from orchestrator import ray_cluster
 from orchestrator.config import load_run_config
-from orchestrator.ray_cluster import Cluster, cores, patience, use_gpu
+from orchestrator.ray_cluster import Cluster, cores, patience, threads, use_gpu
 
 
 @pytest.mark.parametrize(("text", "expected"), [("150000 100000", 1), ("200000 100000", 2), ("max 100000", 64)])
@@ -18,6 +18,25 @@ def test_a_containers_quota_limits_the_cores(monkeypatch, text, expected):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)))
     monkeypatch.setattr(Path, "read_text", lambda _: text)
     assert cores() == expected
+
+
+@pytest.mark.parametrize(
+    ("said", "workers_here", "expected"),
+    [
+        (None, 1, 8),
+        (None, 3, 2),
+        (None, 20, 1),
+        ("1", 2, 1),
+        ("3", 2, 3),
+        ("16", 2, 4),
+        ("", 2, 4),
+        ("0", 2, 4),
+        ("x", 2, 4),
+    ],
+)
+def test_workers_share_the_cores_and_take_no_more_than_omp_num_threads_says(monkeypatch, said, workers_here, expected):
+    monkeypatch.setattr(ray_cluster, "cores", lambda: 8)
+    assert threads(said, workers_here) == expected
 
 
 def test_each_worker_gets_a_gpu_where_there_are_enough():
