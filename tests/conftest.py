@@ -26,6 +26,11 @@ import torch  # noqa: E402
 torch.set_num_threads(1)  # small tensors, and other tests beside these
 
 
+def pytest_collection_modifyitems(items):
+    """The files that take minutes come first, so that both cores are busy to the end."""
+    items.sort(key=lambda item: item.get_closest_marker("ray") is None)
+
+
 @pytest.fixture
 def generator():
     return torch.Generator().manual_seed(0)
