@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import socket
 import sqlite3
@@ -216,6 +217,7 @@ def test_a_run_recovers_by_itself_from_a_killed_worker_and_ends_as_if_nothing_ha
     command.wait_until(lambda: [e for e in log_of(run, "checkpoint") if e["step"] >= 10])
     workers = command.train_workers()
     assert len(workers) == 2
+    assert {worker.nice() for worker in workers} == {os.nice(0)}, "training does not stand back for Ray"
     workers[1].kill()
     ended = command.end()
     assert ended.code == 0, ended.err
