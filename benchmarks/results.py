@@ -39,7 +39,7 @@ BEGIN = re.compile(r"<!--\s*results:\s*(.*?)\s*-->")
 END = "<!-- end results -->"
 
 RECIPES = ("digits", "mnist5k")
-"""Of which the paper's claims were measured."""
+"""Of which the paper's claims, robustness and samples were measured."""
 
 SETS = {"midpoints": "interp", "uniform noise": "uniform", "Fashion-MNIST": "fashion_mnist"}
 SCORES = {"log p(x)": "log_px", "max p(y|x)": "max_py", "approx. mass": "approx_mass"}
@@ -221,9 +221,6 @@ TABLES = {
     "digits_sgld-finalists": Table(("sweeps/digits_sgld/trials.csv",), partial(of_sweep, "Finalists")),
     "digits_sgld-search": Table(("sweeps/digits_sgld/trials.csv",), partial(of_sweep, "Best of the search")),
     "orchestration": Table((f"{SPEED}/orchestration.json",), speed.orchestration),
-    "robust-digits": Table(("robustness_digits.json",), robust.worst),
-    "robust-digits-attacks": Table(("robustness_digits.json",), robust.attacks),
-    "robust-digits-masking": Table(("robustness_digits.json",), robust.masking),
     "ablation-digits": Table(("ablation_digits",), ablation.figures),
     "ablation-digits-differences": Table(("ablation_digits",), ablation.differences),
     "ablation-digits-scores": Table(
@@ -233,9 +230,18 @@ TABLES = {
     "ablation-digits-tuning": Table(("ablation_digits_tuning.json",), ablation.tuning),
     "ablation-digits-settings": Table(("ablation_digits",), ablation.settings),
     "symptoms": Table(("symptoms_digits.json",), symptoms.ends),
-    "samples-digits": Table(("robustness_digits.json",), robust.generation),
-    "samples-digits-steps": Table(("robustness_digits.json",), robust.by_step),
-    "samples-digits-chains": Table(("robustness_digits.json",), robust.chains),
+    **{
+        name.format(recipe): Table((f"robustness_{recipe}.json",), build)
+        for recipe in ("digits",)
+        for name, build in (
+            ("robust-{}", robust.worst),
+            ("robust-{}-attacks", robust.attacks),
+            ("robust-{}-masking", robust.masking),
+            ("samples-{}", robust.generation),
+            ("samples-{}-steps", robust.by_step),
+            ("samples-{}-chains", robust.chains),
+        )
+    },
 }
 
 

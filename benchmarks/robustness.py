@@ -34,7 +34,7 @@ def pair(recipe: str, seed: int, settings: list[str]) -> dict[str, Any]:
     found = {model: _figures(report) for model, report in zip(("jem", "classifier"), reports, strict=True)}
     by_step = {}
     for checkpoint in sorted((folders[0] / "checkpoints").iterdir(), key=lambda path: int(path.name)):
-        alone = command(evaluate, str(checkpoint), *SAMPLES_ALONE, *measured)
+        alone = command(evaluate, str(checkpoint), *measured, *SAMPLES_ALONE)
         by_step[checkpoint.name] = {k: v for k, v in alone["metrics"].items() if k.startswith("gen/fresh/")}
     names = [folder.name for folder in folders]
     return {"seed": seed, "runs": names, **found, "transfer": against.get("transfer"), "samples_by_step": by_step}

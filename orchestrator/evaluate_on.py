@@ -29,12 +29,12 @@ from orchestrator.score_ray import interruptibly
 
 
 class Progress:
-    """How far an evaluation is, on stderr: a bar on a terminal, a line every tenth elsewhere."""
+    """How far a command is, on stderr: a bar on a terminal, a line every tenth elsewhere."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, doing: str) -> None:
+        self._doing = doing
         self._bar: Bar | None = None
-        self._total, self._done, self._told = 0, 0, 0
+        self._total, self._done, self._told = 0, 0.0, 0
 
     def __enter__(self) -> Progress:
         return self
@@ -43,21 +43,26 @@ class Progress:
         if self._bar is not None:
             self._bar.stop()
 
-    def begin(self, subjects: Subjects) -> None:
-        self._total = sum(subjects.cost(which) for which in subjects.passes)
-        if sys.stderr.isatty():
+    def begin(self, total: int) -> None:
+        self._total = total
+        if sys.stderr.isatty() and total:
             columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
             self._bar = Bar(*columns, console=Console(file=sys.stderr), transient=True)
-            self._bar.add_task(f"evaluating {self.name}", total=self._total)
+            self._bar.add_task(self._doing, total=total)
             self._bar.start()
 
-    def add(self, cost: int) -> None:
-        self._done += cost
+    def add(self, part: float) -> None:
+        self._done += part
+        tenths = int(10 * self._done / max(1, self._total) + 1e-9)  # parts add up to a little less
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=self._done)
-        elif 10 * self._done // max(1, self._total) > self._told:
-            self._told = 10 * self._done // self._total
-            print(f"evaluating {self.name}: {10 * self._told} %", file=sys.stderr, flush=True)
+        elif tenths > self._told:
+            self._told = tenths
+            print(f"{self._doing}: {10 * self._told} %", file=sys.stderr, flush=True)
+
+
+def _cost(subjects: Subjects) -> int:
+    return sum(subjects.cost(which) for which in subjects.passes)
 
 
 def compute_in_this_process(network: nn.Module, config: RunConfig, progress: Progress) -> Dealt:
@@ -67,15 +72,15 @@ def compute_in_this_process(network: nn.Module, config: RunConfig, progress: Pro
     device = torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
 
     def compute(subjects: Subjects) -> dict[Pass, Tensor]:
-        progress.begin(subjects)
+        progress.begin(_cost(subjects))
 
-        def on_batch(which: Pass, images: int) -> None:
-            progress.add(images * subjects.cost(which) // len(subjects.images[which.images]))
+        def on_part(which: Pass, images: float) -> None:
+            progress.add(images * subjects.cost(which) / len(subjects.images[which.images]))
 
         like = torch.zeros((), device=device, dtype=dtype_of(config))
         with one_thread():
             on_device = network.to(device)
-            dealt = compute_here(on_device, config, config.evaluate, World(), like, on_batch)
+            dealt = compute_here(on_device, config, config.evaluate, World(), like, on_part)
             found = dict(dealt(subjects))
             network.cpu()
         return found
@@ -93,7 +98,7 @@ def compute_on_ray(network: nn.Module, config: RunConfig, workers: int, progress
         with ray_session(workers) as cluster:
             import ray
 
-            progress.begin(subjects)
+            progress.begin(_cost(subjects))
             _check(cluster, workers, config.device)
             gpus = config.device == "cuda" or (config.device == "auto" and cluster.gpus >= workers)
             actor = ray.remote(num_cpus=1, num_gpus=1 if gpus else 0)(_Evaluator)
@@ -111,7 +116,7 @@ def compute_on_ray(network: nn.Module, config: RunConfig, workers: int, progress
                 which = pending.pop(ready)
                 part = ray.get(ready)
                 found[which] = found[which] + part if which in found else part.clone()
-                progress.add(subjects.cost(which) // workers)
+                progress.add(subjects.cost(which) / workers)
             return {which: found[which] for which in subjects.passes}
 
     return compute

@@ -45,7 +45,7 @@ from orchestrator.result import Result
 from orchestrator.runs import planned_storage
 
 EVALUATIONS = "evaluations"
-VERSION = 2
+VERSION = 3
 """Of how figures are computed: a change of it makes old reports be computed anew."""
 
 
@@ -125,7 +125,7 @@ def report_of(opened: Opened, workers: int = 1) -> Done:
             f"(digest {data.digest[:12]}, its own {str(opened.data_digest)[:12]}); say where they are with data.root="
         )
     network = opened.network()
-    with Progress(opened.name) as progress:
+    with Progress(f"evaluating {opened.name}") as progress:
         compute: Dealt
         if workers > 1 or os.environ.get("RAY_ADDRESS"):
             compute = compute_on_ray(network, config, workers, progress)

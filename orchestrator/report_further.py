@@ -39,7 +39,8 @@ def robust_about(section: Mapping[str, Any]) -> str:
     return (
         f"{section['n']:,} test images; PGD {many['steps']} steps and {many['restarts']} starts; minimum-norm attacks "
         f"{many['min_norm_steps']} steps; square attack {many['queries']:,} tries; JEM-k averages {many['copies']} "
-        f"copies with noise {refine['copy_noise']:g} and is attacked through its refinement"
+        f"copies with noise {refine['copy_noise']:g} and is attacked with JEM-0's adversarials, then with gradients "
+        "past its refinement and through it"
     )
 
 

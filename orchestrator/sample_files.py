@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from rich.console import Console
-from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as Bar
 from torch import Tensor
 
 from jem.config import SGLDConfig
@@ -87,31 +83,10 @@ class Drawn:
     energies: Tensor
 
 
-class Drawing(Progress):
-    """How far the chains are, on stderr: a bar on a terminal, a line every tenth elsewhere."""
-
-    def start(self, total: int) -> None:
-        """`total`: steps of all batches."""
-        self._total = total
-        if sys.stderr.isatty() and total:
-            columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-            self._bar = Bar(*columns, console=Console(file=sys.stderr), transient=True)
-            self._bar.add_task(f"sampling {self.name}", total=total)
-            self._bar.start()
-
-    def add(self, cost: int) -> None:
-        self._done += cost
-        if self._bar is not None:
-            self._bar.update(self._bar.task_ids[0], completed=self._done)
-        elif 10 * self._done // self._total > self._told:
-            self._told = 10 * self._done // self._total
-            print(f"sampling {self.name}: {10 * self._told} %", file=sys.stderr, flush=True)
-
-
 def draw(opened: Opened, plan: Plan) -> Drawn:
     """Run the chains. Raises DivergedError, with the step, for chains that are not finite."""
     device = torch.device("cuda" if plan.device != "cpu" and torch.cuda.is_available() else "cpu")
-    progress = Drawing(opened.name)
+    progress = Progress(f"sampling {opened.name}")
     with progress, one_thread():
         network = opened.network().to(device).requires_grad_(False)
         logits = frozen_logits(network, opened.config)
@@ -124,13 +99,13 @@ def draw(opened: Opened, plan: Plan) -> Drawn:
 
 
 def _chains(
-    opened: Opened, plan: Plan, logits: Logits, device: torch.device, film: dict[int, Tensor], progress: Drawing
+    opened: Opened, plan: Plan, logits: Logits, device: torch.device, film: dict[int, Tensor], progress: Progress
 ) -> Iterator[Tensor]:
     """Where each batch's chains end, on the host, as many of them as are wanted."""
     starts = _from_buffer(opened, plan, logits, device) if plan.init == "buffer" else None
     prior = opened.prior().to(device) if starts is None else None
     filmed = set(marks(plan.steps, plan.frames))
-    progress.start(plan.batches * plan.steps)
+    progress.begin(plan.batches * plan.steps)
     for batch in range(plan.batches):
         first, stop = batch * BATCH, (batch + 1) * BATCH
         wanted = min(plan.count - first, BATCH)

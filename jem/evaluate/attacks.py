@@ -72,13 +72,16 @@ def pgd(
     steps: int,
     generator: torch.Generator,
     loss: str = "cross-entropy",
-    random_start: bool = True,
-) -> Float[Tensor, "n c h w"]:
-    """Projected gradient ascent (Madry et al., 2018), steps of 2.5 eps / steps, from a random point or the image.
+    start: Float[Tensor, "n c h w"] | None = None,
+) -> tuple[Float[Tensor, "n c h w"], Float[Tensor, "n c h w"]]:
+    """Projected gradient ascent (Madry et al., 2018), steps of 2.5 eps / steps, from `start` or a random point.
 
-    Returned is, for each image, the iterate of the lowest margin. `loss`: cross-entropy or margin.
+    Returned are, for each image, the iterate of the lowest margin, which is the luckiest where the classifier has
+    noise, and the last one. `loss`: cross-entropy or margin.
     """
-    x = project(images + _random_within(images, norm, eps, generator), images, norm, eps) if random_start else images
+    if start is None:
+        start = images + _random_within(images, norm, eps, generator)
+    x = project(start, images, norm, eps)
     best, lowest = x, torch.full((len(images),), math.inf, device=images.device)
     for step in range(steps + 1):
         with torch.enable_grad():
@@ -94,7 +97,7 @@ def pgd(
         best = torch.where(better[:, None, None, None], x, best)
         if step < steps:
             x = project(x + 2.5 * eps / steps * _steepest(gradient, norm), images, norm, eps)
-    return best
+    return best, x
 
 
 def _check(gradient: Tensor, wrong: Tensor) -> None:

@@ -90,15 +90,17 @@ def run_pass(
     settings: EvaluateConfig,
     world: World,
     like: Tensor,
-    on_batch: Callable[[int], None] = lambda _: None,
+    on_part: robustness.OnPart = lambda _: None,
     labels: Tensor | None = None,
 ) -> Tensor:
-    """The pass' rows [n, ...] for float images [n, c, h, w]; `on_batch` is told how many images each batch had."""
+    """The pass' rows [n, ...] for float images [n, c, h, w]; `on_part` is told how many images' worth each part was."""
     function = functions(network, config, settings)[which.what]
 
     def counted(x: Tensor, generator: torch.Generator, *labels: Tensor) -> Tensor:
+        if which.what.startswith("attack/"):  # takes minutes
+            return function(x, generator, *labels, lambda share: on_part(share * len(x)))
         value = function(x, generator, *labels)
-        on_batch(len(x))
+        on_part(len(x))
         return value
 
     size, key = BATCH, which.images
@@ -126,8 +128,8 @@ def functions(network: nn.Module, config: JEMConfig, settings: EvaluateConfig) -
         with torch.enable_grad():
             return baselines.odin(logits, x)
 
-    def attack(k: int, x: Tensor, generator: torch.Generator, labels: Tensor) -> Tensor:
-        return robustness.attack(exact, x, labels, k, config, settings, generator)
+    def attack(k: int, x: Tensor, generator: torch.Generator, labels: Tensor, on_part: robustness.OnPart) -> Tensor:
+        return robustness.attack(exact, x, labels, k, config, settings, generator, on_part)
 
     def chains(x: Tensor, generator: torch.Generator) -> Tensor:
         found = chain_diagnostics(energy_fn(logits), x, marks, config.sgld, generator)

@@ -24,13 +24,19 @@ def differentiable(through: bool, energy: EnergyFn, x: Tensor) -> tuple[Tensor, 
 
 
 def refined(
-    logits: Logits, k: int, config: SGLDConfig, copies: int, copy_noise: float, generator: torch.Generator
+    logits: Logits,
+    k: int,
+    config: SGLDConfig,
+    copies: int,
+    copy_noise: float,
+    generator: torch.Generator,
+    straight: bool = False,
 ) -> Classifier:
     """Logits of images on [0, 1] after k SGLD steps, averaged over noisy copies; k = 0: as the network gives them.
 
-    The gradient goes through all steps, second derivatives of the energy included: the released code takes the
-    refinement for the identity there, so that its attacks miss. The noise of `copy_noise` (on the [-1, 1] scale) and
-    of the steps is drawn anew at each call, from `generator`.
+    The gradient goes through all steps, second derivatives of the energy included; or, `straight`, past them, as if
+    the refinement were the identity (BPDA, Athalye et al., 2018; the released code does so). The noise of `copy_noise`
+    (on the [-1, 1] scale) and of the steps is drawn anew at each call, from `generator`.
     """
 
     def classify(x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n classes"]:
@@ -39,11 +45,12 @@ def refined(
             return logits(position)
         position = position.repeat(copies, 1, 1, 1)
         noise = torch.randn(position.shape, generator=generator, device=x.device, dtype=x.dtype)
-        position = position + copy_noise * noise
+        begin = position + copy_noise * noise
+        through = x.requires_grad and not straight
+        position = begin if through else begin.detach()
         for _ in range(k):
-            step = partial(differentiable, x.requires_grad)
-            position, _ = sgld_step(energy_fn(logits), position, config, generator, step)
-        found = logits(position)
+            position, _ = sgld_step(energy_fn(logits), position, config, generator, partial(differentiable, through))
+        found = logits(position if through else begin + (position - begin).detach())
         return found.view(copies, len(x), found.shape[1]).mean(dim=0)
 
     return classify

@@ -7,7 +7,7 @@ Attacks run in float32, whatever precision the model was trained in: rounding mu
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +19,8 @@ from jem.energy import Logits
 from jem.evaluate.attacks import Classifier, is_wrong, of_foolbox, pgd, square
 from jem.evaluate.refined import refined
 from jem.evaluate.smallest import Smallest
+
+OnPart = Callable[[float], None]
 
 BATCH = 25
 """Images attacked at once. Fixed, as noise is drawn for a batch; small, so that workers can share few images."""
@@ -79,17 +81,25 @@ def split(rows: Float[Tensor, "n columns"], settings: EvaluateConfig, k: int, pi
 
 def cost(settings: EvaluateConfig, k: int) -> int:
     """Of an image, in forward passes, about."""
-    many = counts(settings)
-    gradient = 3 if k == 0 else settings.attack.copies * (9 * k + 3)
-    answer = 1 if k == 0 else settings.attack.copies * (3 * k + 1)
-    total = 0
-    for norm, grid in eps_of(settings).items():
-        total += len(grid) * many.restarts * many.steps * gradient // 2  # images that are broken are left alone
-        steps = sum(5 if name == "cw" else name in ("ddn", "fmn") for name in attacks_of(norm, k, settings.suite))
-        total += steps * many.min_norm_steps * gradient
-        total += many.queries * answer * (len(grid) if k == 0 else 1) // 2
-        total += len(grid) * many.steps * gradient if k == 0 else 0
-    return total
+    each = _costs(settings, k)
+    return sum(each[name] for norm, grid in eps_of(settings).items() for name in _names(settings, k, norm, grid))
+
+
+def _names(settings: EvaluateConfig, k: int, norm: str, grid: tuple[float, ...]) -> list[str]:
+    """Of all attacks in a norm, one by one."""
+    planned = [name for _, name, _ in _plan(grid, k, counts(settings).restarts)]
+    smallest = [name for name in attacks_of(norm, k, settings.suite) if name in MIN_NORM[norm]]
+    return [*planned, *smallest, *(["transfer"] * len(grid) if k == 0 else [])]
+
+
+def _costs(settings: EvaluateConfig, k: int) -> dict[str, int]:
+    """Of each attack on an image, in forward passes, about. PGD and random search leave broken images alone."""
+    many, copies = counts(settings), settings.attack.copies
+    answer = 1 if k == 0 else copies * (3 * k + 1)
+    gradients = [3] if k == 0 else [3, copies * (3 * k + 3), copies * (9 * k + 3)]
+    towards, smallest = many.steps * sum(gradients), many.min_norm_steps * (gradients[0] + gradients[-1])
+    found = {"pgd": towards // 2, "transfer": towards, "square": many.queries * answer // 2}
+    return found | {"fmn": smallest, "ddn": smallest, "cw": 5 * smallest}
 
 
 @torch.no_grad()
@@ -101,8 +111,9 @@ def attack(
     config: JEMConfig,
     settings: EvaluateConfig,
     generator: torch.Generator,
+    on_part: OnPart = lambda _: None,
 ) -> Float[Tensor, "n columns"]:
-    """Attack images on [-1, 1]: the rows that `columns` describes.
+    """Attack images on [-1, 1]: the rows that `columns` describes. `on_part` is told each attack's share of it.
 
     The defence has noise of its own that no attack sees, the same at every answer: an image is not asked until it is
     wrong by chance. Every attack gets the images that it has not yet broken; its candidates count where the defence
@@ -111,45 +122,63 @@ def attack(
     images = (x + 1) / 2
     of_attack, of_defence = _stream(generator), _stream(generator).initial_seed()
 
-    def jem(noise: torch.Generator) -> Classifier:
-        return refined(logits, k, config.sgld, settings.attack.copies, settings.attack.copy_noise, noise)
+    def jem(noise: torch.Generator, k: int = k, straight: bool = False) -> Classifier:
+        attack = settings.attack
+        return refined(logits, k, config.sgld, attack.copies, attack.copy_noise, noise, straight)
 
     def defended(tried: Tensor) -> Tensor:
         return jem(torch.Generator(tried.device).manual_seed(of_defence))(tried)
 
-    seen = jem(of_attack)
+    plain, seen = jem(of_attack, 0), jem(of_attack)
     wrong = is_wrong(defended(images), labels)
-    many = counts(settings)
+    many, each, whole = counts(settings), _costs(settings, k), cost(settings, k)
+
+    def by_gradients(smallest: Smallest, eps: float, restart: int) -> None:
+        """PGD of the images that stand, by the cheapest gradient first; the next begins where it has ended."""
+        loss = ("cross-entropy", "margin")[restart % 2]
+        start = None if restart else images
+        for classify in (plain,) if k == 0 else (plain, jem(of_attack, straight=True), seen):
+            rows = (smallest.found > eps).nonzero()[:, 0]
+            if not len(rows):
+                return
+            begin = start[rows] if start is not None else None
+            target = images[rows], labels[rows], smallest.norm, eps, many.steps
+            ends = pgd(classify, *target, of_attack, loss, begin)
+            for end in ends[: 1 if k == 0 else 2]:
+                smallest.offer(rows, end, defended, eps)
+            start = images.clone()
+            start[rows] = ends[0]
+
     values: dict[str, Tensor] = {"wrong": wrong}
     rows = (~wrong).nonzero()[:, 0]
     far = Smallest(images, labels, "linf", wrong)
     values["unbounded"] = wrong.clone()
     if len(rows):
-        reached = pgd(seen, images[rows], labels[rows], "linf", UNBOUNDED, many.steps, of_attack, "margin")
+        reached, _ = pgd(seen, images[rows], labels[rows], "linf", UNBOUNDED, many.steps, of_attack, "margin")
         values["unbounded"][rows] = far.offer(rows, reached, defended, UNBOUNDED)
     for norm, grid in eps_of(settings).items():
         found = {name: Smallest(images, labels, norm, wrong) for name in attacks_of(norm, k, settings.suite)}
         for eps, name, restart in _plan(grid, k, many.restarts):
             rows = (found[name].found > eps).nonzero()[:, 0]
-            if not len(rows):
-                continue
             if name == "pgd":
-                loss = ("cross-entropy", "margin")[restart % 2]
-                target = images[rows], labels[rows], norm, eps, many.steps
-                made = pgd(seen, *target, of_attack, loss, random_start=restart > 0)
-            else:
+                by_gradients(found[name], eps, restart)
+            elif len(rows):
                 made = square(seen, images[rows], labels[rows], norm, eps, many.queries, of_attack)
-            found[name].offer(rows, made, defended, eps)
+                found[name].offer(rows, made, defended, eps)
+            on_part(each[name] / whole)
         rows = (~wrong).nonzero()[:, 0]
-        for name in (n for n in found if n in MIN_NORM[norm] and len(rows)):
-            seed = int(torch.randint(2**31, (), generator=of_attack, device=of_attack.device))
-            made = of_foolbox(name, seen, images[rows], labels[rows], many.min_norm_steps, seed)
-            found[name].offer(rows, made, defended, None)
+        for name in (n for n in found if n in MIN_NORM[norm]):
+            for classify in ((plain,) if k == 0 else (plain, seen)) if len(rows) else ():
+                seed = int(torch.randint(2**31, (), generator=of_attack, device=of_attack.device))
+                made = of_foolbox(name, classify, images[rows], labels[rows], many.min_norm_steps, seed)
+                found[name].offer(rows, made, defended, None)
+            on_part(each[name] / whole)
         values |= {f"{norm}/{name}": smallest.found for name, smallest in found.items()}
         values[f"{norm}/adversarial"] = _nearest(list(found.values()))
         for eps in grid if k == 0 else ():
-            made = pgd(seen, images, labels, norm, eps, many.steps, of_attack, "margin")
+            made, _ = pgd(seen, images, labels, norm, eps, many.steps, of_attack, "margin")
             values[f"{norm}/transfer/{eps:g}"] = made
+            on_part(each["transfer"] / whole)
     order = columns(settings, k, x[0].numel())
     return torch.cat([values[name].to(x.dtype).reshape(len(x), width) for name, width in order.items()], dim=1)
 
@@ -240,14 +269,17 @@ def _of_k(k: int, parts: Mapping[str, Tensor], settings: EvaluateConfig) -> dict
         names = attacks_of(norm, k, settings.suite)
         by_attack = {name: _rounded(parts[f"{norm}/{name}"]) for name in names}
         by_attack["worst"] = torch.stack(list(by_attack.values())).amin(dim=0)
+        searched = grid if k == 0 else (grid[len(grid) // 2],)
         norms[norm] = {
             "eps": list(grid),
-            "accuracy": {name: [accuracy_at(found, eps) for eps in grid] for name, found in by_attack.items()},
+            "accuracy": {  # null: not attacked at this eps
+                name: [accuracy_at(found, eps) if name != "square" or eps in searched else None for eps in grid]
+                for name, found in by_attack.items()
+            },
             "found": {
                 name: [v if math.isfinite(v) else None for v in found.tolist()] for name, found in by_attack.items()
             },
         }
-        searched = grid if k == 0 else (grid[len(grid) // 2],)
         others = torch.stack([found for name, found in by_attack.items() if name not in ("square", "worst")])
         alone = [int(((by_attack["square"] <= eps) & (others.amin(dim=0) > eps)).sum()) for eps in searched]
         black_box[norm] = {"by_square_alone": max(alone), "n": len(wrong), "ok": max(alone) <= BLACK_BOX * len(wrong)}
@@ -275,4 +307,5 @@ def robust_metrics(section: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
         for norm, found in of_k["norms"].items():
             for name, values in found["accuracy"].items():
                 for eps, value in zip(found["eps"], values, strict=True):
-                    yield f"{prefix}/{norm}/{eps:g}/{name}/accuracy", value[0]
+                    if value is not None:
+                        yield f"{prefix}/{norm}/{eps:g}/{name}/accuracy", value[0]

@@ -158,7 +158,7 @@ def compute_here(
     settings: EvaluateConfig,
     world: World,
     like: Tensor,
-    on_batch: Callable[[Pass, int], None] = lambda *_: None,
+    on_part: Callable[[Pass, float], None] = lambda *_: None,
 ) -> Dealt:
     """Compute with this network: alone, or as a rank of a `world` that gets everything on all ranks."""
 
@@ -166,7 +166,7 @@ def compute_here(
         def run(which: Pass) -> Tensor:
             images = subjects.of(which.images)
             labels = subjects.labels.get(which.images)
-            return run_pass(network, which, images, config, settings, world, like, lambda n: on_batch(which, n), labels)
+            return run_pass(network, which, images, config, settings, world, like, lambda n: on_part(which, n), labels)
 
         return {which: run(which) for which in subjects.passes}
 

@@ -10,11 +10,12 @@ from torch import nn
 from jem.config import AttackConfig, DataConfig, EvaluateConfig, JEMConfig, ModelConfig, SGLDConfig
 from jem.data.augment import to_float
 from jem.data.sources import load
+from jem.energy import energy_fn
 from jem.errors import JEMError
 from jem.evaluate import robustness
 from jem.evaluate.attacks import NORMS, is_wrong, margin, norm_of, of_foolbox, pgd, project, square
 from jem.evaluate.extractors import WEIGHTS, lenet
-from jem.evaluate.refined import refined
+from jem.evaluate.refined import differentiable, refined
 from jem.evaluate.robustness import accuracy_at, wilson
 from jem.evaluate.smallest import Smallest
 
@@ -69,7 +70,7 @@ def test_pgd_breaks_the_images_of_a_linear_net_whose_radius_is_within_eps_and_no
     y = net(x).argmax(dim=1)
     radius = net.radius(x, norm)
     for eps in radius.quantile(torch.tensor([0.2, 0.5, 0.8])).tolist():
-        within = found_by(pgd(net, x, y, norm, eps, 20, generator, loss), net, x, y, norm, eps) <= eps
+        within = found_by(pgd(net, x, y, norm, eps, 20, generator, loss)[0], net, x, y, norm, eps) <= eps
         assert within[radius < 0.97 * eps].all()
         assert not within[radius > 1.0001 * eps].any()
 
@@ -140,7 +141,7 @@ def test_pgd_leaves_as_many_digits_standing_as_foolboxs_does(digits, generator, 
     steps = 40
     wrong = net(x).argmax(dim=1) != y
     ours = Smallest(x, y, norm, wrong)
-    ours.offer(torch.arange(len(x)), pgd(net, x, y, norm, eps, steps, generator), net, eps)
+    ours.offer(torch.arange(len(x)), pgd(net, x, y, norm, eps, steps, generator)[0], net, eps)
     standing = int((ours.found > eps).sum())
     kind = foolbox.attacks.LinfPGD if norm == "linf" else foolbox.attacks.L2PGD
     model = foolbox.PyTorchModel(_AsModule(net).eval(), bounds=(0, 1), device="cpu")
@@ -193,7 +194,7 @@ def test_a_defence_with_noise_is_not_asked_until_it_is_wrong_by_chance(generator
     x = 2 * grey(400, generator) - 1
     labels = torch.zeros(400, dtype=torch.int64)
 
-    def coin(logits, k, config, copies, copy_noise, noise):
+    def coin(logits, k, config, copies, copy_noise, noise, straight=False):
         def classify(images):
             lost = torch.rand(len(images), generator=noise) < 0.1
             return torch.stack([torch.where(lost, -1.0, 1.0), torch.zeros(len(images))], dim=1) + 0 * images.sum()
@@ -252,13 +253,60 @@ def test_the_gradient_goes_through_the_refinement_as_finite_differences_do(gener
 
     position = x.clone().requires_grad_(True)
     (gradient,) = torch.autograd.grad(value(position), position)
-    (straight,) = torch.autograd.grad(net(2 * position - 1).square().sum(), position)
+    (unmoved,) = torch.autograd.grad(net(2 * position - 1).square().sum(), position)
     for index in [(0, 0, 0, 0), (1, 0, 2, 1)]:
         step = torch.zeros_like(x)
         step[index] = 1e-5
         numeric = (value(x + step) - value(x - step)) / 2e-5
         torch.testing.assert_close(gradient[index], numeric.detach(), rtol=1e-5, atol=1e-8)
-    assert (gradient - straight).norm() > 0.05 * straight.norm()  # it is not the identity's
+    assert (gradient - unmoved).norm() > 0.05 * unmoved.norm()  # it is not the identity's
+
+
+def test_straight_past_the_refinement_the_answer_is_the_same_and_the_gradient_that_where_it_ends(
+    generator,
+):
+    net, x = energy_net(generator), torch.rand(2, 1, 3, 3, generator=generator, dtype=torch.float64)
+
+    def jem(straight):
+        sgld = SGLDConfig(step_size=0.7, noise_scale=0.0)
+        return refined(net, 2, sgld, 3, 0.0, torch.Generator().manual_seed(5), straight)
+
+    position = x.clone().requires_grad_(True)
+    logits = jem(True)(position)
+    assert torch.equal(logits, jem(False)(x))
+    (gradient,) = torch.autograd.grad(logits.square().sum(), position)
+    moved = 2 * x - 1
+    for _ in range(2):
+        _, slope = differentiable(False, energy_fn(net), moved)
+        moved = moved - 0.7 * slope
+    moved.requires_grad_(True)
+    (there,) = torch.autograd.grad(net(moved).square().sum(), moved)
+    torch.testing.assert_close(gradient, 2 * there)  # [0, 1] to [-1, 1]
+
+
+def test_a_refinement_that_hides_its_gradient_gains_nothing_against_what_fools_jem_0(generator, monkeypatch):
+    """JEM-k that answers as JEM-0 does, with a gradient that leads nowhere: it may look no stronger."""
+    net = Linear(2, generator)
+    x = 2 * grey(40, generator) - 1
+    labels = net(x).argmax(dim=1)
+
+    def hiding(logits, k, config, copies, copy_noise, noise, straight=False):
+        def classify(images):
+            found = logits(2 * images - 1)
+            return found.detach() + 0 * images.sum() if k else found
+
+        return classify
+
+    monkeypatch.setattr(robustness, "refined", hiding)
+    counts = AttackConfig(steps=10, restarts=2, queries=3, min_norm_steps=20)
+    settings = EvaluateConfig(suite="full", attack=counts)
+    config = JEMConfig(seed=0)
+    rows = {k: robustness.attack(net, x, labels, k, config, settings, generator) for k in (0, 1)}
+    found = {k: robustness.split(rows[k], settings, k, 36) for k in rows}
+    for name, eps in (("linf/pgd", settings.attack.linf), ("l2/pgd", settings.attack.l2)):
+        by_k = [[accuracy_at(found[k][name], e)[0] for e in eps] for k in (0, 1)]
+        assert by_k[0][-1] < 0.5
+        assert by_k[1] == pytest.approx(by_k[0], abs=0.05)
 
 
 def test_jem_0_is_the_network_and_jem_k_the_mean_over_copies_moved_down_the_energy(generator):
