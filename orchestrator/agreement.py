@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import socket
-import uuid
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -12,10 +11,9 @@ import torch.distributed as dist
 from jem.errors import DataError, JEMError
 from jem.files import Location
 from jem.world import World
+from orchestrator.shared import Word, apart, sees
 
 T = TypeVar("T")
-
-REMEDY = "make room or make it writable, then give the same command again"
 
 
 def together(world: World, function: Callable[[], T]) -> T:
@@ -47,30 +45,18 @@ def from_rank_0(world: World, value: T) -> T:
     return box[0]
 
 
-def same_everywhere(world: World, root: Location, digest: str) -> None:
-    """DataError on every rank unless all ranks see the same folder for the run and hold the same data."""
-    if world.size == 1:
-        return
-    path = root / "same-folder"
+def same_everywhere(world: World, root: Location, digest: str, word: Word | None) -> None:
+    """DataError on every rank unless all see the run's folder as the driver does, and hold the same data.
 
-    def leave_token() -> str:
-        token = uuid.uuid4().hex
-        try:
-            path.write(token.encode())
-        except OSError as error:
-            raise JEMError(f"{root.uri}: cannot be written ({error}); {REMEDY}") from error
-        return token
-
-    token = on_rank_0(world, leave_token)
-    seen = path.exists() and path.read().decode() == token
-    told: list[tuple[str, bool, str]] = [("", False, "")] * world.size
-    dist.all_gather_object(told, (socket.gethostname(), seen, digest))
-    if world.rank == 0:
-        path.remove()
-    apart = sorted({host for host, sees, _ in told if not sees})
-    if apart:
-        remedy = "storage_path must be a folder that all nodes share, or an object store"
-        raise DataError(f"{root.uri} on {', '.join(apart)} is not the folder that rank 0 on {told[0][0]} has: {remedy}")
+    `word`: what the driver has left in the folder (shared.py).
+    """
+    told = [(socket.gethostname(), sees(root, word), digest)]
+    if world.size > 1:
+        told *= world.size
+        dist.all_gather_object(told, told[0])
+    lost = sorted({host for host, there, _ in told if not there})
+    if lost and word is not None:
+        raise apart(root, lost, word)
     others = sorted({host for host, _, theirs in told if theirs != told[0][2]})
     if others:
         raise DataError(f"the data on {', '.join(others)} are not those on {told[0][0]}: put the same under data.root")

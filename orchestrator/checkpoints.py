@@ -20,9 +20,10 @@ from jem.files import Location
 from jem.saving import Saved, Writer
 from jem.train import TrainState
 from jem.world import World
-from orchestrator.agreement import REMEDY, on_rank_0
+from orchestrator.agreement import on_rank_0
 from orchestrator.config import CheckpointConfig, RunConfig
 from orchestrator.recovery import Recovery
+from orchestrator.shared import REMEDY
 
 OWNER = "owner"
 FAILURE = "failure.txt"

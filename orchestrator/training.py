@@ -43,6 +43,7 @@ from orchestrator.final_model import calibrate
 from orchestrator.mirror import TAIL
 from orchestrator.pictures import by_class, grid_png
 from orchestrator.recovery import Recovery, Rollback, write_recovery
+from orchestrator.shared import Word
 from orchestrator.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
@@ -68,6 +69,7 @@ class Job:
     init_from: str | None = None  # config.init_from as a path that can be read here
     facts: dict[str, Any] = field(default_factory=dict)  # versions and the like, for the checkpoints
     until: int | None = None  # a step at which the run stops as if asked to
+    word: Word | None = None  # left in the run's folder by the driver, for workers elsewhere to look for
 
 
 @dataclass

@@ -50,7 +50,7 @@ def setup(job: Job, world: World, device: torch.device, report: Report) -> Train
     checkpoints = Checkpoints(world, job.root, config.checkpoint, device, config.recovery.healthy_steps)
     checkpoints.claim(job.attempt, patience(config))
     data = together(world, lambda: load(config.data))
-    same_everywhere(world, job.root, data.digest)
+    same_everywhere(world, job.root, data.digest, job.word)
     recovery = on_rank_0(world, lambda: read_recovery(job.root, config))
     manifest, faults = on_rank_0(world, lambda: find(job.root, config, recovery))
     gaussian = on_rank_0(world, lambda: fit_classes(config, data.train, data.n_classes))  # one fit for all

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import socket
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -16,6 +17,7 @@ from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 
+from orchestrator.shared import Word, apart, sees, word_in
 from orchestrator.sweep.axes import valid
 from orchestrator.sweep.config import OBJECTIVES, Sweep
 from orchestrator.sweep.orphans import freeing_orphans
@@ -41,9 +43,12 @@ QUIET = {
 class SweepTrial(tune.Trainable):  # type: ignore[misc]
     """A process that works on one trial after the other: importing torch is paid once."""
 
-    def setup(self, config: dict[str, Any], setting: Setting) -> None:
+    def setup(self, config: dict[str, Any], setting: Setting, word: Word | None) -> None:
+        """`word`: left in the sweep's folder by the driver. Raises DataError where it is not seen from here."""
         self.setting = setting
         self.work: Work | None = None
+        if word is not None and not sees(setting.root, word):
+            raise apart(setting.root, [socket.gethostname()], word)
         self.reset_config(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
@@ -139,37 +144,42 @@ def run_stage(stage: str, trials: Sequence[Trial], setting: Setting, fit: Fit) -
     if workers == 1:
         resources = {"CPU": fit.cpu_each} | ({"GPU": fit.gpu_each} if fit.gpu_each else {})
         resources |= {sweep.config.resources.label: SHARE} if sweep.config.resources.label else {}
-    trainable = tune.with_resources(tune.with_parameters(SweepTrial, setting=setting), resources)
-    path = str(Path(folder.path) / stage)
-    if tune.Tuner.can_restore(path, storage_filesystem=folder.fs):
-        tuner = tune.Tuner.restore(
-            path, trainable=trainable, storage_filesystem=folder.fs, resume_unfinished=True, restart_errored=True
-        )
-    else:
-        space = {"trial": tune.grid_search([asdict(trial) for trial in trials])} if trials else {}
-        tuner = tune.Tuner(
-            trainable,
-            param_space=space,
-            tune_config=tune.TuneConfig(
-                num_samples=1 if trials else sweep.config.budget.trials,
-                max_concurrent_trials=fit.at_once,
-                search_alg=None if trials else Suggestions(sweep),
-                scheduler=scheduler(sweep) if stage == "search" else None,
-                reuse_actors=True,
-                trial_name_creator=_name,
-                trial_dirname_creator=_name,
-            ),
-            run_config=tune.RunConfig(
-                name=stage,
-                storage_path=folder.path,
-                storage_filesystem=folder.fs,
-                failure_config=tune.FailureConfig(max_failures=RESTARTS),
-                verbose=0,
-            ),
-        )
-    with freeing_orphans() if workers > 1 else nullcontext():
+    with word_in(setting.root) as word, freeing_orphans() if workers > 1 else nullcontext():
+        trainable = tune.with_parameters(SweepTrial, setting=setting, word=word)
+        tuner = _tuner(stage, trials, setting, fit, tune.with_resources(trainable, resources))
         results = tuner.fit()
     return {Path(str(result.path)).name: _told(result.error) for result in results if result.error is not None}
+
+
+def _tuner(stage: str, trials: Sequence[Trial], setting: Setting, fit: Fit, trainable: Any) -> tune.Tuner:
+    """One that goes on where there is one."""
+    sweep, folder = setting.sweep, setting.root / "tune"
+    path = str(Path(folder.path) / stage)
+    if tune.Tuner.can_restore(path, storage_filesystem=folder.fs):
+        return tune.Tuner.restore(
+            path, trainable=trainable, storage_filesystem=folder.fs, resume_unfinished=True, restart_errored=True
+        )
+    space = {"trial": tune.grid_search([asdict(trial) for trial in trials])} if trials else {}
+    return tune.Tuner(
+        trainable,
+        param_space=space,
+        tune_config=tune.TuneConfig(
+            num_samples=1 if trials else sweep.config.budget.trials,
+            max_concurrent_trials=fit.at_once,
+            search_alg=None if trials else Suggestions(sweep),
+            scheduler=scheduler(sweep) if stage == "search" else None,
+            reuse_actors=True,
+            trial_name_creator=_name,
+            trial_dirname_creator=_name,
+        ),
+        run_config=tune.RunConfig(
+            name=stage,
+            storage_path=folder.path,
+            storage_filesystem=folder.fs,
+            failure_config=tune.FailureConfig(max_failures=RESTARTS),
+            verbose=0,
+        ),
+    )
 
 
 def scheduler(sweep: Sweep) -> TrialScheduler | None:

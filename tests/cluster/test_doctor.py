@@ -1,14 +1,15 @@
-"""The doctor on a cluster of two nodes: one that shares the storage, and one that does not."""
+"""The doctor, and a training, on a cluster of two nodes: one that shares the storage, and one that does not."""
 
 from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 
 import pytest
-from ray_faults import ROOT, Cluster
+from ray_faults import ROOT, TINY, Cluster, Command
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 APART = ["unshare", "--mount", "sh", "-c", 'mount --bind "$0" "$1" && shift && exec "$@"']
@@ -27,7 +28,7 @@ def doctor(cluster, *settings, **variables):
     return ended, json.loads(ended.stdout.splitlines()[-1])
 
 
-def test_every_node_is_looked_at_and_one_with_another_storage_is_named(tmp_path, tmp_path_factory):
+def test_every_node_is_looked_at_and_one_with_another_storage_is_named(tmp_path, tmp_path_factory, folder, monkeypatch):
     if not can_be_apart(tmp_path):
         pytest.skip("mounts cannot be made here (no root, or a container without CAP_SYS_ADMIN)")
     storage, elsewhere = tmp_path_factory.mktemp("shared"), tmp_path_factory.mktemp("elsewhere")
@@ -49,6 +50,14 @@ def test_every_node_is_looked_at_and_one_with_another_storage_is_named(tmp_path,
         assert few["found"] == "workers=4, the cluster has 2 CPUs"
         assert token not in ended.stdout + ended.stderr
         assert list(storage.iterdir()) == list(elsewhere.iterdir()) == [], "nothing is left"
+        environment = cluster.environment | {"RAY_ADDRESS": cluster.address}
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        run = Command(folder, *TINY, "name=apart", "steps=20", "workers=2", f"storage_path={storage}").end()
+        assert (run.code, run.result["status"]) == (2, "bad data"), run.err
+        assert f"{storage}/apart on {socket.gethostname()} is not the folder that the driver" in run.result["message"]
+        assert "an object store" in run.result["message"]
+        assert not [*storage.glob("apart/checkpoints/*"), *elsewhere.glob("apart/checkpoints/*")]
         wrong, result = doctor(cluster, f"storage_path={storage}", RAY_AUTH_TOKEN="0" * 64)
         assert wrong.returncode == 1
         (check,) = [c for c in result["checks"] if c["what"] == "cluster"]
