@@ -16,6 +16,7 @@ from jem.errors import ConfigError, Problem
 from jem.files import Location
 from orchestrator.config import RunConfig
 from orchestrator.facts import ROOT, facts
+from orchestrator.shared import word_in
 
 if TYPE_CHECKING:
     from ray.train.torch import TorchTrainer
@@ -39,6 +40,8 @@ PRIVATE = {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     # Ray's workers have niceness 15, so that each of its own processes, which wake many times a second, goes first.
     "RAY_worker_niceness": "0",
+    # A Ray that can be no cluster, as on Windows and macOS, listens on the loopback alone. Read when ray is imported.
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
 }
 """Of a Ray of our own."""
 
@@ -145,30 +148,31 @@ def train_on_ray(
 
     if not cluster.private and not root.is_local:  # the driver's log is filled from checkpoints, see Mirror
         log_path = log_path.with_name("events-of-rank-0.jsonl")
-    job = Job(config, root, log_path, attempt, init_from, facts(), until)
     gpu = use_gpu(config, cluster)
-    trainer = (_private_trainer() if cluster.private else TorchTrainer)(
-        _worker,
-        # Ray sets OMP_NUM_THREADS for every worker; what the user said of it is known here alone.
-        train_loop_config={"job": job, "threads": os.environ.get("OMP_NUM_THREADS") if cluster.private else None},
-        scaling_config=ScalingConfig(
-            num_workers=(config.min_workers, config.max_workers) if elastic(config) else config.max_workers,
-            use_gpu=gpu,
-            resources_per_worker={"CPU": 1, **({"GPU": 1} if gpu else {}), **place} if place else None,
-            elastic_resize_monitor_interval_s=RESIZE_EVERY_S,
-        ),
-        run_config=RunConfig(
-            name=f"attempt-{attempt}",
-            storage_path=(root / "ray").path,
-            storage_filesystem=root.fs,
-            failure_config=FailureConfig(
-                # the workers count for themselves, from one checkpoint to the next (checkpoints.py)
-                max_failures=ENDLESS if config.recovery.max_failures else 0,
-                controller_failure_limit=START_FAILURES["elastic" if elastic(config) else "fixed"],
+    with word_in(root) as word:
+        job = Job(config, root, log_path, attempt, init_from, facts(), until, word)
+        trainer = (_private_trainer() if cluster.private else TorchTrainer)(
+            _worker,
+            # Ray sets OMP_NUM_THREADS for every worker; what the user said of it is known here alone.
+            train_loop_config={"job": job, "threads": os.environ.get("OMP_NUM_THREADS") if cluster.private else None},
+            scaling_config=ScalingConfig(
+                num_workers=(config.min_workers, config.max_workers) if elastic(config) else config.max_workers,
+                use_gpu=gpu,
+                resources_per_worker={"CPU": 1, **({"GPU": 1} if gpu else {}), **place} if place else None,
+                elastic_resize_monitor_interval_s=RESIZE_EVERY_S,
             ),
-        ),
-    )
-    return trainer.fit().return_value  # type: ignore[no-any-return]
+            run_config=RunConfig(
+                name=f"attempt-{attempt}",
+                storage_path=(root / "ray").path,
+                storage_filesystem=root.fs,
+                failure_config=FailureConfig(
+                    # the workers count for themselves, from one checkpoint to the next (checkpoints.py)
+                    max_failures=ENDLESS if config.recovery.max_failures else 0,
+                    controller_failure_limit=START_FAILURES["elastic" if elastic(config) else "fixed"],
+                ),
+            ),
+        )
+        return trainer.fit().return_value  # type: ignore[no-any-return]
 
 
 def _private_trainer() -> type[TorchTrainer]:
@@ -254,8 +258,18 @@ def cores() -> int:
         return allowed
 
 
+def tell_of_gpus(config: RunConfig, cluster: Cluster) -> None:
+    """A cluster that an autoscaler has brought down to nothing has no GPUs, and would be asked for none."""
+    if config.device == "auto" and not cluster.private and not cluster.gpus:
+        told = (
+            "the cluster has no GPU at present: it trains on CPUs; device=cuda waits for GPUs, device=cpu says nothing"
+        )
+        print(told, file=sys.stderr)
+
+
 def _check(config: RunConfig, cluster: Cluster) -> None:
     needed = config.min_workers
+    tell_of_gpus(config, cluster)
     if config.device == "cuda" and cluster.gpus < needed and cluster.private:
         message = f"is {config.workers}, but there are {cluster.gpus:g} GPUs; lower it, or set device=cpu"
         raise ConfigError([Problem("workers", message)])

@@ -15,7 +15,7 @@ from orchestrator.attempt import Attempt, failed
 from orchestrator.config import check_folder, load_run_config, shown
 from orchestrator.outbox import RUN_ID
 from orchestrator.published import workbench
-from orchestrator.ray_cluster import cores, ray_session
+from orchestrator.ray_cluster import cores, ray_session, tell_of_gpus
 from orchestrator.registry import resolve_model
 from orchestrator.result import Result
 from orchestrator.runs import lock, read_record, storage_of, write_config
@@ -79,6 +79,7 @@ class Search(Session[SweepResult]):
         sweep, config = self.sweep, self.sweep.config
         here = cores()
         with ray_session(here) as cluster:
+            tell_of_gpus(sweep.run, cluster)
             memory = psutil.virtual_memory().available / GIB if cluster.private else cluster.memory
             cpus = here if cluster.private else cluster.cpus
             fitting = fit(sweep, cpus, cluster.gpus, memory, grows=not cluster.private)

@@ -56,6 +56,17 @@ class Command:
                 continue
         return found
 
+    def heard_by_others(self):
+        """Processes that listen on more than the loopback, and the names they have."""
+        self.look()
+        found = []
+        for process in self.descendants:
+            with contextlib.suppress(psutil.Error):
+                open_to = {c.laddr.ip for c in process.net_connections() if c.status == psutil.CONN_LISTEN}
+                if open_to - {"127.0.0.1", "::1", "::ffff:127.0.0.1"}:
+                    found.append(" ".join(process.cmdline()))
+        return found
+
     def wait_until(self, condition, timeout=400):
         deadline = time.monotonic() + timeout
         while not condition():

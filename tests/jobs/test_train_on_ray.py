@@ -87,6 +87,7 @@ def test_a_run_ends_with_its_result_its_folder_and_its_mlflow_run(folder, first)
     assert (record["name"], record["status"]) == ("first", "finished")
     assert record["mlflow"]["run_id"] == result["run_id"]
     assert [a["number"] for a in record["attempts"]] == [1]
+    assert not (run / "same-folder").exists()
     assert (run / "ray" / "attempt-1").is_dir(), "each attempt has its own Ray run"
     assert [m.step for m in manifests(run)] == [20, 10, 0]
     assert manifests(run)[0].world_size == 2
@@ -218,6 +219,9 @@ def test_a_run_recovers_by_itself_from_a_killed_worker_and_ends_as_if_nothing_ha
     workers = command.train_workers()
     assert len(workers) == 2
     assert {worker.nice() for worker in workers} == {os.nice(0)}, "training does not stand back for Ray"
+    heard = command.heard_by_others()
+    assert [name for name in heard if "TrainWorker" not in name] == [], "a private Ray is heard by this machine alone"
+    assert len(heard) <= 1, "torch's meeting place of the workers cannot be told where to listen"
     workers[1].kill()
     ended = command.end()
     assert ended.code == 0, ended.err

@@ -50,10 +50,20 @@ def test_an_elastic_run_needs_what_its_fewest_workers_need(capsys):
     config = load_run_config("digits", ["workers=2..8"])
     assert use_gpu(config, Cluster(private=True, cpus=8, gpus=2))
     assert not use_gpu(config, Cluster(private=True, cpus=8, gpus=1))
-    ray_cluster._check(config, Cluster(private=False, cpus=2, gpus=0))
+    ray_cluster._check(config, Cluster(private=False, cpus=2, gpus=2))
     assert capsys.readouterr().err == ""
     ray_cluster._check(config, Cluster(private=False, cpus=1, gpus=0))
     assert "workers=2..8, the cluster has 1 CPUs at present: waiting for more" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("device", "private", "gpus", "told"),
+    [("auto", False, 0, True), ("auto", False, 1, False), ("auto", True, 0, False), ("cpu", False, 0, False)],
+)
+def test_a_cluster_without_gpus_at_present_is_said_to_train_on_cpus(capsys, device, private, gpus, told):
+    config = load_run_config("digits", ["workers=1", f"device={device}"])
+    ray_cluster.tell_of_gpus(config, Cluster(private=private, cpus=4, gpus=gpus))
+    assert ("device=cuda waits for GPUs" in capsys.readouterr().err) == told
 
 
 def test_how_long_ray_waits_follows_the_configuration():
