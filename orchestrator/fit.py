@@ -31,6 +31,11 @@ SHM = 1 * GIB
 SKEW_S = (1.0, 30.0)
 """A clock that is off by so much is told of, and fails: locks and logs compare the times of machines."""
 
+OLD_DRIVER = (
+    "there is an NVIDIA driver, and torch cannot use it",
+    "the driver is older than this torch needs: update it, or install the torch of its CUDA version",
+)
+
 JOIN_S, NODE_S, ASK_S = 30.0, 60.0, 5.0
 OK, WARNING, FAILED = "ok", "warning", "failed"
 
@@ -80,10 +85,11 @@ def _safely(what: str, where: str, look: Callable[[], Iterator[Check]]) -> list[
     try:
         found.extend(look())
     except JEMError as error:
-        found.append(Check(what, where, FAILED, str(error), "see the message"))
+        found.append(Check(what, where, FAILED, str(error), "mend what it names, then ask again"))
     except Exception as error:  # the doctor says what it is instead of ending with it
         lines = str(error).strip().splitlines() or [""]
-        found.append(Check(what, where, FAILED, f"{type(error).__name__}: {lines[0]}", "see the message"))
+        remedy = "mend what it names, then ask again: this was not looked at to its end"
+        found.append(Check(what, where, FAILED, f"{type(error).__name__}: {lines[0]}", remedy))
     return found
 
 
@@ -102,9 +108,8 @@ def _software(here: str) -> Iterator[Check]:
         x = torch.ones(64, 64, device="cuda")
         good = bool((x @ x == 64).all())
         yield Check("CUDA", here, OK if good else FAILED, f"{torch.version.cuda}: {', '.join(names)}", "see nvidia-smi")
-    elif Path("/proc/driver/nvidia/version").exists():
-        remedy = "the driver is older than this torch needs: update it, or install the torch of its CUDA version"
-        yield Check("CUDA", here, FAILED, "there is an NVIDIA driver, and torch cannot use it", remedy)
+    elif fit_node.NVIDIA.exists():
+        yield Check("CUDA", here, FAILED, *OLD_DRIVER)
     else:
         yield Check("CUDA", here, OK, "no GPU: training is on the CPU")
 
@@ -142,7 +147,8 @@ def _mlflow(config: RunConfig, here: str) -> Iterator[Check]:
     import sqlalchemy
     from mlflow.store.db.utils import _get_latest_schema_revision
 
-    engine = sqlalchemy.create_engine(uri)
+    remote = uri.startswith(("postgresql", "mysql"))
+    engine = sqlalchemy.create_engine(uri, connect_args={"connect_timeout": int(ASK_S)} if remote else {})
     try:
         with engine.connect() as connection:
             is_at = connection.execute(sqlalchemy.text("SELECT version_num FROM alembic_version")).scalar()
@@ -161,18 +167,20 @@ def _mlflow(config: RunConfig, here: str) -> Iterator[Check]:
 
 
 def _server(uri: str, told: str, here: str) -> Check:
-    import requests
+    from mlflow.exceptions import MlflowException
+    from mlflow.utils.credentials import get_default_host_creds
+    from mlflow.utils.rest_utils import http_request
 
-    base = uri.rstrip("/")
-    user, password = (os.environ.get(f"MLFLOW_TRACKING_{name}") for name in ("USERNAME", "PASSWORD"))
-    auth = (user, password) if user and password else None
+    creds = get_default_host_creds(uri)  # of the environment or ~/.mlflow/credentials, as MLflow has it
+    asked = {"timeout": ASK_S, "max_retries": 0, "raise_on_status": False}
     try:
-        version = requests.get(f"{base}/version", timeout=ASK_S, auth=auth)
-        search = f"{base}/api/2.0/mlflow/experiments/search"
-        answer = requests.post(search, json={"max_results": 1}, timeout=ASK_S, auth=auth)
-    except requests.RequestException as error:
+        version = http_request(creds, "/version", "GET", **asked)
+        search = "/api/2.0/mlflow/experiments/search"
+        answer = http_request(creds, search, "POST", json={"max_results": 1}, **asked)
+    except MlflowException as error:
         remedy = "is the server up, and tracking.uri or MLFLOW_TRACKING_URI its address?"
-        return Check("MLflow", here, FAILED, f"{told} does not answer ({type(error).__name__})", remedy)
+        reason = type(error.__cause__ or error.__context__ or error).__name__
+        return Check("MLflow", here, FAILED, f"{told} does not answer ({reason})", remedy)
     if answer.status_code in (401, 403):
         remedy = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or ~/.mlflow/credentials"
         return Check("MLflow", here, FAILED, f"{told} refuses us ({answer.status_code})", remedy)
@@ -222,6 +230,8 @@ def judge(facts: dict[str, Any], where: str, storage: str, driver: dict[str, Any
     ):
         if driver is not None and facts[key] != driver[key]:
             yield Check(what, where, FAILED, f"{facts[key]}, the driver has {driver[key]}", remedy)
+    if driver is not None and facts["nvidia"] and not facts["gpus"]:
+        yield Check("CUDA", where, FAILED, *OLD_DRIVER)
     gpus = ", ".join(facts["gpus"]) or "no GPU"
     yield Check("machine", where, OK, f"{facts['cores']} cores, {facts['memory'] / GIB:.0f} GiB, {gpus}")
     yield _room("/tmp", where, facts["temporary"], ROOM, "free some: Ray keeps its session and spilled objects there")
@@ -306,17 +316,22 @@ def _nodes(config: RunConfig, storage: str, probe: str, address: str, cluster: A
         name = f"{node['NodeManagerHostname']} ({node['NodeID'][:6]})"
         asked.append((name, node["NodeID"], pinned, pinned.now.remote()))
     driver = fit_node.examine(storage, probe, fit_node.DRIVER + "-itself")
+    looking: list[tuple[str, str, tuple[float, float], Any]] = []
     deadline = time.monotonic() + NODE_S
-    for name, node_id, pinned, ready in asked:
+    for name, node_id, pinned, ready in asked:  # the clock before torch is imported there
         try:
             ray.get(ready, timeout=max(1.0, deadline - time.monotonic()))
-            offset, half = min((_offset(pinned) for _ in range(5)), key=lambda pair: pair[1])
-            pending = pinned.examine.remote(storage, probe, node_id)
-            facts = ray.get(pending, timeout=max(1.0, deadline - time.monotonic()))
+            clock = min((_offset(pinned) for _ in range(5)), key=lambda pair: pair[1])
         except Exception as error:  # of Ray, of many types, with a stack trace of the node's as its text
-            reason = type(error).__name__
-            remedy = "see ray status, and the logs of that node in Ray's session folder; start it again"
-            yield Check("node", name, FAILED, f"does not do what it is asked within {NODE_S:.0f} s ({reason})", remedy)
+            yield _silent(name, error)
+        else:
+            looking.append((name, node_id, clock, pinned.examine.remote(storage, probe, node_id)))
+    deadline = time.monotonic() + NODE_S  # all look at the same time
+    for name, node_id, (offset, half), pending in looking:
+        try:
+            facts = ray.get(pending, timeout=max(1.0, deadline - time.monotonic()))
+        except Exception as error:
+            yield _silent(name, error)
             continue
         yield from judge(facts, name, storage, driver)
         late = abs(offset) - half
@@ -326,6 +341,12 @@ def _nodes(config: RunConfig, storage: str, probe: str, address: str, cluster: A
         if facts["storage"]["shared"] and not (Location.of(storage) / probe / node_id).exists():
             remedy = "mount the same folder on every node, or use an object store"
             yield Check("storage", name, FAILED, "what it wrote is not seen by the driver", remedy)
+
+
+def _silent(name: str, error: Exception) -> Check:
+    remedy = "see ray status, and the logs of that node in Ray's session folder; start it again"
+    found = f"does not do what it is asked within {NODE_S:.0f} s ({type(error).__name__})"
+    return Check("node", name, FAILED, found, remedy)
 
 
 def _offset(pinned: Any) -> tuple[float, float]:

@@ -19,6 +19,7 @@ from orchestrator.facts import code_digest
 
 DRIVER = "driver"
 SHM = Path("/dev/shm")
+NVIDIA = Path("/proc/driver/nvidia/version")
 
 
 def examine(storage: str, probe: str, me: str) -> dict[str, Any]:
@@ -33,7 +34,7 @@ def examine(storage: str, probe: str, me: str) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "memory": psutil.virtual_memory().total,
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-        "cuda": torch.version.cuda if torch.cuda.is_available() else None,
+        "nvidia": NVIDIA.exists(),
         "temporary": shutil.disk_usage("/tmp").free,
         "shm": shutil.disk_usage(SHM).free if SHM.exists() else None,
         "storage": use(storage, probe, me),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import http.server
 import json
 import sqlite3
@@ -97,6 +98,33 @@ def test_an_mlflow_that_is_down_or_refuses_us_is_said_without_the_password(tmp_p
     assert "pass-word" not in "".join(capsys.readouterr())
 
 
+class Asks(Refuses):
+    """Answers to me:pass-word."""
+
+    def do_GET(self):
+        known = self.headers.get("Authorization") == "Basic " + base64.b64encode(b"me:pass-word").decode()
+        self.send_response(200 if known else 401)
+        self.end_headers()
+        self.wfile.write(b"{}")
+
+    do_POST = do_GET  # noqa: N815
+
+
+def test_what_mlflow_reads_of_its_credentials_file_the_doctor_reads_too(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    server = http.server.HTTPServer(("127.0.0.1", 0), Asks)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    settings = [f"storage_path={tmp_path}/runs", f"tracking.uri=http://127.0.0.1:{server.server_port}"]
+    assert found(diagnose(settings), "MLflow", FAILED)
+    (tmp_path / ".mlflow").mkdir()
+    (tmp_path / ".mlflow" / "credentials").write_text(
+        "[mlflow]\nmlflow_tracking_username = me\nmlflow_tracking_password = pass-word\n"
+    )
+    assert found(diagnose(settings), "MLflow", OK)
+    server.shutdown()
+    server.server_close()
+
+
 def test_a_cluster_that_does_not_answer_is_a_failure_and_the_rest_is_looked_at(tmp_path, monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
     result = diagnose([f"storage_path={tmp_path}"])
@@ -114,10 +142,10 @@ def test_what_a_node_says_is_judged_against_the_driver(tmp_path):
     ours = fit_node.examine(storage, "probe", "node")
     assert {check.state for check in judge(ours, "node", storage, ours)} <= {OK, WARNING}
     assert (tmp_path / "probe" / "node").read_text() == "node"
-    theirs = ours | {"code": "other", "python": "3.9.1", "shm": 2**20, "temporary": 2 * 2**30}
+    theirs = ours | {"code": "other", "python": "3.9.1", "shm": 2**20, "temporary": 2 * 2**30, "nvidia": True}
     theirs["storage"] = fit_node.use(storage, "absent", "node")
     states = {check.what: check for check in judge(theirs, "node", storage, ours)}
-    assert {states[what].state for what in ("code", "Python", "storage", "room in /dev/shm")} == {FAILED}
+    assert {states[what].state for what in ("code", "Python", "storage", "room in /dev/shm", "CUDA")} == {FAILED}
     assert states["room in /tmp"].state == WARNING
     assert all(check.remedy for check in states.values() if check.state != OK)
 
