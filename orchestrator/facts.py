@@ -46,13 +46,13 @@ def _user() -> str:
         return "unknown"
 
 
-def commit() -> str:
-    """The commit of the code, with + where files were changed since; `unknown` where nothing tells."""
-    if not (ROOT / ".git").exists():  # uploaded as a job's working directory, or installed
+def commit(root: Path = ROOT) -> str:
+    """The commit of the code in `root`, with + where files were changed since; `unknown` where nothing tells."""
+    if not (root / ".git").exists():  # uploaded as a job's working directory, or installed
         return os.environ.get(COMMIT, "unknown")
 
     def git(*arguments: str) -> str:
-        command = ["git", "-C", str(ROOT), *arguments]
+        command = ["git", "-C", str(root), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
 
     try:
@@ -62,12 +62,12 @@ def commit() -> str:
         return "unknown"
 
 
-def code_digest() -> str:
+def code_digest(root: Path = ROOT) -> str:
     """Names the code that runs, with or without git: a digest of all modules and recipes, their paths included."""
     found = hashlib.sha256()
     for folder in CODE:
-        for path in sorted((ROOT / folder).rglob("*")):
+        for path in sorted((root / folder).rglob("*")):
             if path.suffix in (".py", ".yaml"):
                 content = hashlib.sha256(path.read_bytes()).hexdigest()
-                found.update(f"{path.relative_to(ROOT).as_posix()} {content}\n".encode())
+                found.update(f"{path.relative_to(root).as_posix()} {content}\n".encode())
     return found.hexdigest()[:16]

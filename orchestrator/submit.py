@@ -44,7 +44,7 @@ class Submitted(Result):
     def json(self) -> str:
         """The command's line, as it was but for `job` and `code`."""
         line = json.loads(super().json())
-        return json.dumps(line | line.pop("own"))
+        return json.dumps(line.pop("own") | line)
 
 
 def submit(
@@ -65,7 +65,7 @@ def submit(
         raise ConfigError(
             "no command; such as: python jobs/submit.py python jobs/train.py digits storage_path=/shared/runs"
         )
-    variables = {COMMIT: commit()} | dict(_variables(environment))
+    variables = {COMMIT: commit(folder)} | dict(_variables(environment))
     check_size(folder)
     address = address or _usual_address()
     os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"
@@ -74,7 +74,7 @@ def submit(
         client.submit_job(
             entrypoint=shlex.join(command),
             runtime_env={"working_dir": str(folder), "env_vars": variables},
-            metadata={"git.commit": commit(), "code.digest": code_digest()},
+            metadata={"git.commit": commit(folder), "code.digest": code_digest(folder)},
         )
     )
     at = "" if address == ADDRESS else f" --address {address}"
