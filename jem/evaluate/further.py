@@ -102,9 +102,10 @@ def _samplers(
         left_out["gen/buffer"] = "the model came without a replay buffer; a run's folder or checkpoint has one"
         return
     chains = buffer()
-    chains = chains[chains.isfinite().flatten(1).all(dim=1)]
-    kept = chains[generation.at_random(len(chains), sampled.n_samples(settings))].float()
-    yield "buffer", (kept, f"the training's replay buffer, {len(kept):,} of its {len(chains):,} chains")
+    finite = chains.isfinite().flatten(1).all(dim=1)
+    lost = f"; {int((~finite).sum()):,} are no numbers" if not finite.all() else ""
+    kept = chains[finite][generation.at_random(int(finite.sum()), sampled.n_samples(settings))].float()
+    yield "buffer", (kept, f"the training's replay buffer, {len(kept):,} of its {len(chains):,} chains{lost}")
 
 
 def _adversarials(attacked: Mapping[str, Tensor], k: int, data: DataSet) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -162,7 +162,9 @@ def test_what_is_secret_is_its_owners_alone_and_nothing_listens_to_others(machin
     password = (home / ".mlflow" / "credentials").read_text().split()[-1]
     assert machine.run(f"{search} --user admin:{password}").stdout == "200"
     result, said = jobs(machine, "python jobs/doctor.py storage_path=s3://bucket/runs")
-    assert {c["state"] for c in result["checks"] if c["what"] in ("MLflow", "storage", "authentication")} == {"ok"}, said
+    assert {c["state"] for c in result["checks"] if c["what"] in ("MLflow", "storage", "authentication")} == {"ok"}, (
+        said
+    )
     listening = machine.run("cat /proc/net/tcp").stdout.splitlines()[1:]
     addresses = {line.split()[1] for line in listening if line.split()[3] == "0A"}
     for port in (5000, 8265):
