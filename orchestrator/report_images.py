@@ -89,6 +89,8 @@ def against_robustness(report_a: dict[str, Any], report_b: dict[str, Any], again
                 shares = [value[0] for value in transferred[way]]
                 axes.plot(transferred["eps"], shares, mark, color="black", markersize=7, label=title)
         _finish(axes, label, end)
+        axes.get_legend().remove()
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
     n = report_a["robust"]["n"]
     figure.suptitle(f"accuracy under the strongest attack on {n:,} test images, 95 % intervals", fontsize=10)
     return _png(figure)
