@@ -45,18 +45,24 @@ def from_rank_0(world: World, value: T) -> T:
     return box[0]
 
 
-def same_everywhere(world: World, root: Location, digest: str, word: Word | None) -> None:
-    """DataError on every rank unless all see the run's folder as the driver does, and hold the same data.
-
-    `word`: what the driver has left in the folder (shared.py).
-    """
-    told = [(socket.gethostname(), sees(root, word), digest)]
-    if world.size > 1:
-        told *= world.size
-        dist.all_gather_object(told, told[0])
-    lost = sorted({host for host, there, _ in told if not there})
+def same_folder(world: World, root: Location, word: Word | None) -> None:
+    """DataError on every rank unless all see what the driver has left in the run's folder (shared.py)."""
+    lost = sorted({host for host, there in _of_all(world, sees(root, word)) if not there})
     if lost and word is not None:
         raise apart(root, lost, word)
-    others = sorted({host for host, _, theirs in told if theirs != told[0][2]})
+
+
+def same_data(world: World, digest: str) -> None:
+    """DataError on every rank unless all hold the same data."""
+    told = _of_all(world, digest)
+    others = sorted({host for host, theirs in told if theirs != told[0][1]})
     if others:
         raise DataError(f"the data on {', '.join(others)} are not those on {told[0][0]}: put the same under data.root")
+
+
+def _of_all(world: World, mine: T) -> list[tuple[str, T]]:
+    """Each rank's host and what it says, on every rank."""
+    told = [(socket.gethostname(), mine)] * world.size
+    if world.size > 1:
+        dist.all_gather_object(told, told[0])
+    return told

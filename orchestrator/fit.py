@@ -231,7 +231,8 @@ def judge(facts: dict[str, Any], where: str, storage: str, driver: dict[str, Any
         if driver is not None and facts[key] != driver[key]:
             yield Check(what, where, FAILED, f"{facts[key]}, the driver has {driver[key]}", remedy)
     if driver is not None and facts["nvidia"] and not facts["gpus"]:
-        yield Check("CUDA", where, FAILED, *OLD_DRIVER)
+        remedy = f"give the container its GPUs if it should have any; else {OLD_DRIVER[1]}"
+        yield Check("CUDA", where, WARNING, OLD_DRIVER[0], remedy)
     gpus = ", ".join(facts["gpus"]) or "no GPU"
     yield Check("machine", where, OK, f"{facts['cores']} cores, {facts['memory'] / GIB:.0f} GiB, {gpus}")
     yield _room("/tmp", where, facts["temporary"], ROOM, "free some: Ray keeps its session and spilled objects there")

@@ -33,12 +33,21 @@ def examine(storage: str, probe: str, me: str) -> dict[str, Any]:
         "code": code_digest(),
         "cores": os.cpu_count(),
         "memory": psutil.virtual_memory().total,
-        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-        "nvidia": NVIDIA.exists(),
+        "gpus": gpus(),
+        "nvidia": NVIDIA.exists() and torch.version.cuda is not None and os.environ.get("CUDA_VISIBLE_DEVICES") != "",
         "temporary": shutil.disk_usage("/tmp").free,
         "shm": shutil.disk_usage(SHM).free if SHM.exists() else None,
         "storage": use(storage, probe, me),
     }
+
+
+def gpus() -> list[str]:
+    """Those that torch can use: NVML counts those of a driver that is too old for it as well."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return []
+    return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
 
 
 def use(storage: str, probe: str, me: str) -> dict[str, Any]:

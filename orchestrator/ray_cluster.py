@@ -42,6 +42,7 @@ PRIVATE = {
     "RAY_worker_niceness": "0",
     # A Ray that can be no cluster, as on Windows and macOS, listens on the loopback alone. Read when ray is imported.
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    "GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo",  # else the address of the host's name
 }
 """Of a Ray of our own."""
 

@@ -13,6 +13,8 @@ from jem.files import Location
 
 NAME = "same-folder"
 
+NOT_SHARED = "is not the folder that the driver"
+
 REMEDY = "make room or make it writable, then give the same command again"
 
 
@@ -39,7 +41,8 @@ def word_in(folder: Location) -> Iterator[Word | None]:
         yield left
     finally:
         with suppress(OSError):
-            path.remove()
+            if sees(folder, left):  # and not that of who has taken the run over
+                path.remove()
 
 
 def sees(folder: Location, left: Word | None) -> bool:
@@ -51,6 +54,4 @@ def sees(folder: Location, left: Word | None) -> bool:
 def apart(folder: Location, hosts: Sequence[str], left: Word) -> DataError:
     """The error for hosts that do not see the word."""
     remedy = "storage_path must be a folder that all nodes share, or an object store"
-    return DataError(
-        f"{folder.uri} on {', '.join(hosts)} is not the folder that the driver on {left.host} has: {remedy}"
-    )
+    return DataError(f"{folder.uri} on {', '.join(hosts)} {NOT_SHARED} on {left.host} has: {remedy}")

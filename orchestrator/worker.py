@@ -17,7 +17,7 @@ from jem.errors import DataError, JEMError
 from jem.prior import fit_classes, make_prior
 from jem.train import dtype_of, prepare_first_step, start
 from jem.world import World
-from orchestrator.agreement import on_rank_0, same_everywhere, together
+from orchestrator.agreement import on_rank_0, same_data, same_folder, together
 from orchestrator.checkpoints import Checkpoints, Superseded, find, write_failure
 from orchestrator.config import RunConfig
 from orchestrator.initialize import initialize_from
@@ -48,9 +48,10 @@ def setup(job: Job, world: World, device: torch.device, report: Report) -> Train
     """Data, network, chains, and the newest good checkpoint if there is one; the same error on every rank."""
     config = job.config
     checkpoints = Checkpoints(world, job.root, config.checkpoint, device, config.recovery.healthy_steps)
+    same_folder(world, job.root, job.word)
     checkpoints.claim(job.attempt, patience(config))
     data = together(world, lambda: load(config.data))
-    same_everywhere(world, job.root, data.digest, job.word)
+    same_data(world, data.digest)
     recovery = on_rank_0(world, lambda: read_recovery(job.root, config))
     manifest, faults = on_rank_0(world, lambda: find(job.root, config, recovery))
     gaussian = on_rank_0(world, lambda: fit_classes(config, data.train, data.n_classes))  # one fit for all

@@ -97,7 +97,7 @@ def _costs(settings: EvaluateConfig, k: int) -> dict[str, int]:
     many, copies = counts(settings), settings.attack.copies
     answer = 1 if k == 0 else copies * (3 * k + 1)
     gradients = [3] if k == 0 else [3, copies * (3 * k + 3), copies * (9 * k + 3)]
-    towards, smallest = many.steps * sum(gradients), many.min_norm_steps * (gradients[0] + gradients[-1])
+    towards, smallest = many.steps * sum(gradients), many.min_norm_steps * sum({gradients[0], gradients[-1]})
     found = {"pgd": towards // 2, "transfer": towards, "square": many.queries * answer // 2}
     return found | {"fmn": smallest, "ddn": smallest, "cw": 5 * smallest}
 

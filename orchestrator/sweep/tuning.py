@@ -17,7 +17,8 @@ from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 
-from orchestrator.shared import Word, apart, sees, word_in
+from jem.errors import DataError
+from orchestrator.shared import NOT_SHARED, Word, apart, sees, word_in
 from orchestrator.sweep.axes import valid
 from orchestrator.sweep.config import OBJECTIVES, Sweep
 from orchestrator.sweep.orphans import freeing_orphans
@@ -148,7 +149,11 @@ def run_stage(stage: str, trials: Sequence[Trial], setting: Setting, fit: Fit) -
         trainable = tune.with_parameters(SweepTrial, setting=setting, word=word)
         tuner = _tuner(stage, trials, setting, fit, tune.with_resources(trainable, resources))
         results = tuner.fit()
-    return {Path(str(result.path)).name: _told(result.error) for result in results if result.error is not None}
+    given_up = {Path(str(result.path)).name: _told(result.error) for result in results if result.error is not None}
+    apart_from_us = [told for told in given_up.values() if NOT_SHARED in told]
+    if apart_from_us and len(apart_from_us) == len(results):
+        raise DataError(apart_from_us[0].partition(": ")[2])
+    return given_up
 
 
 def _tuner(stage: str, trials: Sequence[Trial], setting: Setting, fit: Fit, trainable: Any) -> tune.Tuner:

@@ -63,7 +63,7 @@ class Command:
         for process in self.descendants:
             with contextlib.suppress(psutil.Error):
                 open_to = {c.laddr.ip for c in process.net_connections() if c.status == psutil.CONN_LISTEN}
-                if open_to - {"127.0.0.1", "::1", "::ffff:127.0.0.1"}:
+                if [ip for ip in open_to if ip != "::1" and not ip.removeprefix("::ffff:").startswith("127.")]:
                     found.append(" ".join(process.cmdline()))
         return found
 

@@ -145,9 +145,15 @@ def test_what_a_node_says_is_judged_against_the_driver(tmp_path):
     theirs = ours | {"code": "other", "python": "3.9.1", "shm": 2**20, "temporary": 2 * 2**30, "nvidia": True}
     theirs["storage"] = fit_node.use(storage, "absent", "node")
     states = {check.what: check for check in judge(theirs, "node", storage, ours)}
-    assert {states[what].state for what in ("code", "Python", "storage", "room in /dev/shm", "CUDA")} == {FAILED}
-    assert states["room in /tmp"].state == WARNING
+    assert {states[what].state for what in ("code", "Python", "storage", "room in /dev/shm")} == {FAILED}
+    assert {states[what].state for what in ("room in /tmp", "CUDA")} == {WARNING}
     assert all(check.remedy for check in states.values() if check.state != OK)
+
+
+def test_gpus_that_a_driver_too_old_leaves_unusable_are_none(monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert fit_node.gpus() == []
 
 
 def test_what_breaks_a_look_is_a_failure_and_not_the_end():

@@ -20,6 +20,9 @@ def test_a_word_is_seen_in_the_same_folder_alone_and_only_while_it_is_asked_for(
         with word_in(there):
             assert not sees(there, word), "another driver's word"
     assert not (here / NAME).exists()
+    with word_in(here):
+        (here / NAME).write(b"of who has taken the run over")
+    assert (here / NAME).exists()
     assert "all nodes share, or an object store" in str(apart(here, ["a", "b"], word))
 
 
@@ -41,7 +44,7 @@ def test_a_worker_elsewhere_ends_before_its_first_step_with_the_hosts_and_the_re
     outcome = fit(tmp_path / "elsewhere", word=Word("word", "the-drivers-host"))
     assert outcome["status"] == "bad data"
     assert f"on {socket.gethostname()} is not the folder that the driver on the-drivers-host has" in outcome["message"]
-    assert not (tmp_path / "elsewhere" / "checkpoints").exists()
+    assert not (tmp_path / "elsewhere").exists(), "nothing is left there"
     with word_in(Location.of(tmp_path / "run")) as word:
         assert fit(tmp_path / "run", "steps=4", word=word)["status"] == "finished"
 
