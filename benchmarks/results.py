@@ -232,7 +232,7 @@ TABLES = {
     "symptoms": Table(("symptoms_digits.json",), symptoms.ends),
     **{
         name.format(recipe): Table((f"robustness_{recipe}.json",), build)
-        for recipe in ("digits",)
+        for recipe in RECIPES
         for name, build in (
             ("robust-{}", robust.worst),
             ("robust-{}-attacks", robust.attacks),

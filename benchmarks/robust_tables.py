@@ -92,8 +92,8 @@ def generation(path: Path) -> str:
 
 
 def by_step(path: Path) -> str:
-    """Fresh chains of a run's checkpoints."""
-    seeds = _seeds(path)
+    """Fresh chains of a run's checkpoints, of the seeds of which these were measured."""
+    seeds = [seed for seed in _seeds(path) if seed["samples_by_step"]]
     rows = []
     for step in seeds[0]["samples_by_step"]:
         cells = [
