@@ -27,7 +27,7 @@ torch.set_num_threads(1)  # small tensors, and other tests beside these
 
 
 def pytest_collection_modifyitems(items):
-    """The files that take minutes come first, so that both cores are busy to the end."""
+    """The files that take minutes come first."""
     items.sort(key=lambda item: item.get_closest_marker("ray") is None)
 
 

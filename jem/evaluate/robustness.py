@@ -134,7 +134,7 @@ def attack(
     many, each, whole = counts(settings), _costs(settings, k), cost(settings, k)
 
     def by_gradients(smallest: Smallest, eps: float, restart: int) -> None:
-        """PGD of the images that stand, by the cheapest gradient first; the next begins where it has ended."""
+        """PGD of the images that stand, by the cheapest gradient first; the next begins at its best points."""
         loss = ("cross-entropy", "margin")[restart % 2]
         start = None if restart else images
         for classify in (plain,) if k == 0 else (plain, jem(of_attack, straight=True), seen):
