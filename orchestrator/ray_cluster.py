@@ -262,9 +262,7 @@ def cores() -> int:
 def tell_of_gpus(config: RunConfig, cluster: Cluster) -> None:
     """A cluster that an autoscaler has brought down to nothing has no GPUs, and would be asked for none."""
     if config.device == "auto" and not cluster.private and not cluster.gpus:
-        told = (
-            "the cluster has no GPU at present: it trains on CPUs; device=cuda waits for GPUs, device=cpu says nothing"
-        )
+        told = "the cluster has no GPU at present: it trains on CPUs (device=cpu); device=cuda waits for GPUs"
         print(told, file=sys.stderr)
 
 

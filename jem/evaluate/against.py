@@ -15,7 +15,7 @@ from jem.evaluate import calibration_intervals, ood
 from jem.evaluate.intervals import Statistic, bootstrap, estimate, mean_of, percentile_intervals
 from jem.evaluate.measured import Measured
 from jem.evaluate.report import SCHEMA, plain
-from jem.evaluate.robustness import wilson
+from jem.evaluate.robust_figures import wilson
 from jem.randomness import generator
 
 BINNED = ("ece", "ece_equal_mass", "mce", "ece_classwise")

@@ -16,6 +16,7 @@ from jem.evaluate import generation, robustness, sampled
 from jem.evaluate.extractors import to_bytes
 from jem.evaluate.measured import Measured
 from jem.evaluate.passes import Pass
+from jem.evaluate.robust_figures import robust_figures, robust_metrics
 
 if TYPE_CHECKING:
     from jem.evaluate.suite import Subjects
@@ -53,8 +54,8 @@ def further(
     ks = {int(what.removeprefix("attack/")): what for what in rows if what.startswith("attack/")}
     if ks:
         parts = {k: robustness.split(rows[what], settings, k, pixels) for k, what in ks.items()}
-        report["robust"] = robustness.robust_figures(parts, settings, config)
-        report["metrics"] |= dict(robustness.robust_metrics(report["robust"]))
+        report["robust"] = robust_figures(parts, settings, config)
+        report["metrics"] |= dict(robust_metrics(report["robust"]))
         attacked = {"images": (subjects.images["attacked"] + 1) / 2, "labels": subjects.labels["attacked"]}
         attacked |= {f"{k}/{name}": value for k, of_k in parts.items() for name, value in of_k.items()}
         report["grids"] |= dict(_adversarials(attacked, min(parts), data))

@@ -16,7 +16,7 @@ from jem.evaluate import robustness
 from jem.evaluate.attacks import NORMS, is_wrong, margin, norm_of, of_foolbox, pgd, project, square
 from jem.evaluate.extractors import WEIGHTS, lenet
 from jem.evaluate.refined import differentiable, refined
-from jem.evaluate.robustness import accuracy_at, wilson
+from jem.evaluate.robust_figures import accuracy_at, wilson
 from jem.evaluate.smallest import Smallest
 
 DUAL = {"linf": 1.0, "l2": 2.0}

@@ -13,6 +13,7 @@ from jem.config import AttackConfig, EvaluateConfig, JEMConfig
 from jem.evaluate import calibration, calibration_intervals, classification, ood, robustness, scores, temperature
 from jem.evaluate.generation import log_marks
 from jem.evaluate.intervals import bootstrap, estimate, mean_of, percentile_intervals
+from jem.evaluate.robust_figures import robust_figures
 from jem.evaluate.sampled import chains_section, grids, picture
 from jem.randomness import generator
 from jem.settings import override
@@ -234,7 +235,7 @@ def attacked(seed):
                 found = radius * (1 + 0.1 * i)
                 found[-1] = math.inf  # one that nothing breaks
                 parts[k][f"{norm}/{name}"] = torch.where(wrong, 0.0, found)
-    return {"robust": robustness.robust_figures(parts, ATTACKS, JEMConfig(seed=0))}
+    return {"robust": robust_figures(parts, ATTACKS, JEMConfig(seed=0))}
 
 
 def with_samples(seed):
