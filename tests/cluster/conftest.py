@@ -18,11 +18,11 @@ from ray_faults import bring
 SECRET = "the-secret-access-key-of-the-test"
 
 FILES = ("object_storage_cut", "jobs", "cluster_file", "several_nodes", "object_storage", "doctor")
-"""An order in which two workers end together: pytest-xdist hands out the next file while two tests are left of one."""
+"""An order in which all workers end together: pytest-xdist hands out the next file while two tests are left of one."""
 
 
 def pytest_collection_modifyitems(items):
-    """Both cores are busy to the end."""
+    """The cores are busy to the end."""
     items.sort(key=lambda item: FILES.index(item.path.stem.removeprefix("test_")))
 
 

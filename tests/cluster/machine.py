@@ -6,6 +6,7 @@ Linux namespaces; root is needed, or the right to make them.
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import time
 from pathlib import Path
@@ -63,3 +64,4 @@ class Machine:
     def end(self):
         self.holder.kill()
         self.holder.communicate()
+        shutil.rmtree(self.home.parent, ignore_errors=True)  # with an environment of gigabytes

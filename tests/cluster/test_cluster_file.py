@@ -19,6 +19,7 @@ from machine import Machine
 from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID
 from ray.autoscaler._private.util import prepare_config
 from ray_faults import TINY
+from seed import seed
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1800)]
 ROOT = Path(__file__).parents[2]
@@ -90,8 +91,8 @@ def head(machine, tmp_path_factory):
     """Brought up as `ray up` does it: files, set-up, start; with an autoscaler whose machines are processes."""
     config = cluster_file()
     laptop = tmp_path_factory.mktemp("laptop")
-    token = [Path(sys.executable).with_name("ray"), "get-auth-token", "--generate"]
-    subprocess.run(token, env={"HOME": str(laptop), "PATH": "/usr/bin:/bin"}, check=True, capture_output=True)
+    generate = [Path(sys.executable).with_name("ray"), "get-auth-token", "--generate"]
+    subprocess.run(generate, env={"HOME": str(laptop), "PATH": "/usr/bin:/bin"}, check=True, capture_output=True)
     for there, here in config["file_mounts"].items():
         source = Path(here.replace("~", str(laptop)))
         source = source if source.is_absolute() else ROOT / here
@@ -119,7 +120,11 @@ def head(machine, tmp_path_factory):
         "file_mounts": {},
     }
     (machine.home / "ubuntu" / "ray_bootstrap_config.yaml").write_text(yaml.safe_dump(bootstrap))
-    for line in config["setup_commands"] + config["head_setup_commands"]:
+    token, environment, install = config["setup_commands"]
+    machine.run(token, network=False)
+    machine.run(environment, network=False)
+    seed(machine.home / "ubuntu" / "jem-env", "/home/ubuntu/jem-env", "jem-orchestrator[cluster]")
+    for line in (install, *config["head_setup_commands"]):
         machine.run(line, network=False)
     *lines, start = config["head_start_ray_commands"]
     told = {"RAY_FAKE_CLUSTER": "1", "RAY_enable_autoscaler_v2": "1", "PYTHONPATH": "/home/ubuntu"}
