@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 import threading
 import traceback
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from jem.errors import ConfigError, JEMError
 from orchestrator.result import Result
@@ -30,8 +31,30 @@ class Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message}; see --help")
 
 
+class Pipe(io.FileIO):
+    """A standard stream whose reader may go, as in `... | head`: what is said from then on is lost, and no run."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except BrokenPipeError:
+            return len(data)
+
+
+def outlast_readers() -> None:
+    """Make stdout and stderr such streams, where they are the process's own."""
+    for name in ("stdout", "stderr"):
+        stream, own = getattr(sys, name), getattr(sys, f"__{name}__")
+        if stream is own and isinstance(stream, io.TextIOWrapper):
+            stream.flush()
+            buffer = io.BufferedWriter(Pipe(stream.fileno(), "w", closefd=False))
+            style = {"line_buffering": stream.line_buffering, "write_through": stream.write_through}
+            setattr(sys, name, io.TextIOWrapper(buffer, stream.encoding, stream.errors, **style))
+
+
 def run_command(function: Callable[[], Result]) -> int:
     """Call `function`, end stdout with its result, and return the exit code. An exception is a result too."""
+    outlast_readers()
     try:
         with interruptible():
             result = function()

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 
 import pytest
-from commands import bring, imported, train
+from commands import TRAIN, bring, imported, train
 
 from orchestrator.config import load_run_config
 from orchestrator.runs import RunRecord
@@ -61,6 +63,14 @@ def test_a_dry_run_needs_no_data_and_starts_no_ray(tmp_path):
     for text in ("depth: 28", "workers: 4", f"{tmp_path}/empty", "GFLOP", "36,471,338", "MiB", "train 45,000"):
         assert text in ended.out, text
     assert {path.name[:3] for path in tmp_path.iterdir()} == {"std"}, "something was written"
+
+
+@pytest.mark.parametrize("buffered", [[], ["-u"]])
+def test_a_reader_that_goes_is_no_error(tmp_path, buffered):
+    command = [sys.executable, *buffered, str(TRAIN), "digits", "--dry-run"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+    assert (process.stderr.read(), process.wait()) == ("", 0)
 
 
 def test_options_may_stand_anywhere(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from operator import attrgetter
 
 import pytest
 from made_sweeps import sweep_of
@@ -362,3 +363,17 @@ def test_the_bundled_ablation_is_there():
     assert (sweep.config.base, sweep.config.seeds, sweep.run.workers) == ("digits_paper", 5, 1)
     assert sweep.run.recovery.max == 0, "what diverges is counted"
     assert (sweep.run.evaluate.suite, sweep.config.resources.cpu) == ("full", 1)
+
+
+def test_the_one_on_fashion_mnist_ends_with_its_recipe():
+    sweep = load_sweep("ablation_fashion_mnist", [])
+    arms = points(sweep)
+    assert list(arms) == ["baseline", "gaussian_prior", "silu", "combined", "classifier"]
+    assert (sweep.config.base, sweep.config.seeds, sweep.run.recovery.max) == ("fashion_mnist_paper", 3, 0)
+    recipe = load_run_config("fashion_mnist", [])
+    combined = arms["combined"]
+    same = {key: value for key, value in combined.items() if not key.startswith(("optimizer.", "steps"))}
+    for key, value in same.items():
+        assert attrgetter(key)(recipe) == value, "all that the recipe has"
+    share = [round(step / combined["steps"], 3) for step in combined["optimizer.decay_steps"]]
+    assert share == pytest.approx([step / recipe.steps for step in recipe.optimizer.decay_steps], abs=1e-3)
