@@ -22,6 +22,7 @@ FIGURES = {
     "uniform noise": "ood/uniform/log_px/auroc",
     "mnist5k": "ood/mnist5k/log_px/auroc",
     "Fashion-MNIST": "ood/fashion_mnist/log_px/auroc",
+    "digits": "ood/digits/log_px/auroc",
     "robust, Linf 0.1": "robust/linf/0.1/worst/accuracy",
     "robust, L2 0.5": "robust/l2/0.5/worst/accuracy",
     "FID, fresh chains": "gen/fresh/fid_lenet",
@@ -49,9 +50,10 @@ def figures(folder: Path) -> str:
         a_step = _seconds_a_step(seeds)
         cost = f"{a_step / cheap:.1f}" if a_step and cheap else ""
         steps = max(trial["steps"] for trial in seeds.values())
+        whole = f"{a_step * steps:.0f} s" if a_step else ""
         cells = [mean(_spread(seeds, FIGURES[head])) for head in heads]
-        lines.append([arm, f"{steps:,}", cost, *cells, f"{diverged} of {len(seeds)}"])
-    return table(("arm", "steps", "cost of a step", *heads, "diverged"), lines)
+        lines.append([arm, f"{steps:,}", whole, cost, *cells, f"{diverged} of {len(seeds)}"])
+    return table(("arm", "steps", "in", "cost of a step", *heads, "diverged"), lines)
 
 
 def differences(folder: Path) -> str:

@@ -44,6 +44,7 @@ def test_an_arm_has_its_mean_and_interval_its_cost_and_its_diverged_trials(table
     assert list(found) == ["baseline", "better", "same", "classifier"]
     assert found["baseline"]["accuracy"] == "0.850 ± 0.124"  # t(0.975, 2) 0.05 / sqrt 3
     assert found["baseline"]["cost of a step"] == "16.0"
+    assert (found["baseline"]["in"], found["better"]["in"]) == ("80 s", "10 s")
     assert found["better"]["cost of a step"] == "2.0", "the trial that diverged is not timed"
     assert [found[arm]["diverged"] for arm in found] == ["0 of 3", "1 of 4", "0 of 3", "0 of 3"]
 
