@@ -9,7 +9,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from jem.errors import ConfigError, JEMError
 from orchestrator.result import Result
@@ -31,14 +31,29 @@ class Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message}; see --help")
 
 
-class Pipe(io.FileIO):
-    """A standard stream whose reader may go, as in `... | head`: what is said from then on is lost, and no run."""
+class Lasting(io.TextIOWrapper):
+    """A standard stream whose reader may go, as in `... | head`: what is said from then on is lost, and no run.
 
-    def write(self, data: Any) -> int:
+    Its bytes are written by the interpreter's own code: an interrupt between a write and its return would repeat them.
+    """
+
+    def write(self, text: str) -> int:
         try:
-            return super().write(data)
+            return super().write(text)
         except BrokenPipeError:
-            return len(data)
+            self._to_nobody()
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            super().flush()
+        except BrokenPipeError:
+            self._to_nobody()
+
+    def _to_nobody(self) -> None:
+        nobody = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nobody, self.fileno())
+        os.close(nobody)
 
 
 def outlast_readers() -> None:
@@ -47,9 +62,8 @@ def outlast_readers() -> None:
         stream, own = getattr(sys, name), getattr(sys, f"__{name}__")
         if stream is own and isinstance(stream, io.TextIOWrapper):
             stream.flush()
-            buffer = io.BufferedWriter(Pipe(stream.fileno(), "w", closefd=False))
-            style = {"line_buffering": stream.line_buffering, "write_through": stream.write_through}
-            setattr(sys, name, io.TextIOWrapper(buffer, stream.encoding, stream.errors, **style))
+            lines, through = stream.line_buffering, stream.write_through
+            setattr(sys, name, Lasting(stream.buffer, stream.encoding, stream.errors, None, lines, through))
 
 
 def run_command(function: Callable[[], Result]) -> int:
