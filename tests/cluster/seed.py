@@ -14,7 +14,7 @@ from packaging.requirements import Requirement
 def seed(environment, named, *wanted):
     """Link what the `wanted` requirements need, without themselves, into a virtual environment, `named` so where it is.
 
-    It takes a second of the two minutes and no disk. `pip install` of the same requirements decides what is right.
+    Seconds in place of two minutes, and no disk. `pip install` of the same requirements decides what is right.
     """
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"
     packages = environment / "lib" / version / "site-packages"
