@@ -11,7 +11,7 @@ from torch import Tensor
 from jem.config import SGLDConfig
 from jem.energy import EnergyFn, Logits, energy_fn
 from jem.evaluate.attacks import Classifier
-from jem.sgld import sgld_step
+from jem.sgld import along, sgld_step
 
 
 def differentiable(through: bool, energy: EnergyFn, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -48,8 +48,9 @@ def refined(
         begin = position + copy_noise * noise
         through = x.requires_grad and not straight
         position = begin if through else begin.detach()
-        for _ in range(k):
-            position, _ = sgld_step(energy_fn(logits), position, config, generator, partial(differentiable, through))
+        for step in range(k):
+            now = along(config, step)  # as in a chain of the training
+            position, _ = sgld_step(energy_fn(logits), position, now, generator, partial(differentiable, through))
         found = logits(position if through else begin + (position - begin).detach())
         return found.view(copies, len(x), found.shape[1]).mean(dim=0)
 

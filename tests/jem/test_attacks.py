@@ -18,6 +18,7 @@ from jem.evaluate.extractors import WEIGHTS, lenet
 from jem.evaluate.refined import differentiable, refined
 from jem.evaluate.robust_figures import accuracy_at, wilson
 from jem.evaluate.smallest import Smallest
+from jem.sgld import sgld_chain
 
 DUAL = {"linf": 1.0, "l2": 2.0}
 
@@ -325,6 +326,14 @@ def test_jem_0_is_the_network_and_jem_k_the_mean_over_copies_moved_down_the_ener
     noisy = refined(net, 1, quiet, 4000, 0.2, generator)(x[:1])
     once = torch.cat([refined(net, 1, quiet, 1, 0.2, generator)(x[:1]) for _ in range(400)])
     assert ((noisy - once.mean(dim=0)).abs() < 5 * once.std(dim=0) / 20).all()
+
+
+def test_the_refinement_takes_the_steps_of_a_chains_schedule(generator):
+    net = energy_net(generator)
+    x = torch.rand(3, 1, 3, 3, generator=generator, dtype=torch.float64)
+    falling = SGLDConfig(steps=3, step_size=0.9, final_step_size=0.1, noise_scale=0.0)
+    position, _ = sgld_chain(energy_fn(net), 2 * x - 1, falling, generator)
+    torch.testing.assert_close(refined(net, 3, falling, 1, 0.0, generator)(x), net(position))
 
 
 @pytest.mark.parametrize(("hits", "n"), [(0, 100), (37, 100), (360, 360), (1, 3), (0, 1000), (200, 200)])
