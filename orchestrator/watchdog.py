@@ -7,6 +7,7 @@ collective whose other side is stopped, in a kernel, in a lock, on a disk that i
 from __future__ import annotations
 
 import faulthandler
+import math
 import os
 import time
 from types import TracebackType
@@ -25,13 +26,17 @@ class Watchdog:
 
     def __init__(self, timeout_s: float) -> None:
         self.timeout_s = timeout_s
+        self.armed = math.inf  # while closed: nothing is ever late
 
     def __enter__(self) -> Watchdog:
         self._arm(time.monotonic())
         return self
 
     def touch(self) -> None:
-        """Say that training goes on. To be called every step: it costs next to nothing most of the time."""
+        """Say that training goes on. To be called every step: it costs next to nothing most of the time.
+
+        Does nothing while the watchdog is closed: what evaluates batches calls it after the training as well.
+        """
         now = time.monotonic()
         if now - self.armed > self.timeout_s:  # just continued: the other thread is about to say the same
             faulthandler.dump_traceback(file=_STDERR)
@@ -45,3 +50,4 @@ class Watchdog:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         faulthandler.cancel_dump_traceback_later()
+        self.armed = math.inf
