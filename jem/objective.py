@@ -53,12 +53,13 @@ def jem_loss(
     energy_kl: Float[Tensor, " kl"] | None = None,
     mass: Float[Tensor, " data"] | None = None,
     pool: ClassPool | None = None,
+    class_weights: Float[Tensor, " c"] | None = None,
 ) -> Loss:
     """The weighted sum of three terms, a penalty and a correction (Grathwohl et al., 2020, eq. 7 and 9):
 
         p_y_given_x_weight * CE(x, y)
       + p_x_weight         * (mean E(x_data) - mean E(x_samples)), or `detection`
-      + p_x_y_weight       * (mean E(x_labelled, y) - mean E(x_samples, y_samples))
+      + p_x_y_weight       * (mean E(x_labelled, y) - mean w[y] E(x_samples, y_samples))
       + energy_l2          * (mean E(x_data)^2 + mean E(x_samples)^2)       (Du & Mordatch, 2019)
       + kl_weight          * mean E_sg(theta)(x_samples(theta))             (Du et al., 2021)
       + p_x_given_y_weight * contrastive_loss(x_labelled, y)                (Liu & Abbeel, 2020)
@@ -67,6 +68,10 @@ def jem_loss(
     The gradient of an energy gap is the contrastive estimate of that of -log p, provided the samples
     are held fixed. Means are over the global batch: a rank contributes its own sum over `counts`, and a
     rank that holds none of a kind contributes 0.
+
+    The samples' classes are equally frequent. `class_weights` w, from `label_weights`, give each the weight that its
+    class has among the labelled images (none: all 1): the released code draws the samples' y from them. Else the
+    classes' frequencies would be learnt wrongly, and p(y|x) with them.
 
     `logits_joint`: of the images of p(x, y), where the labelled rows of cross-entropy are augmented and theirs are not.
     `energy_kl`: what `kl_energies` gives of some of the samples; `mass`: what `gradient_norms` gives of the data;
@@ -86,7 +91,10 @@ def jem_loss(
     if config.p_x_y_weight:
         logits_joint = logits_labelled if logits_joint is None else logits_joint
         joint_data = joint_energy(logits_joint, labels).sum() / max(counts.labelled, 1)
-        joint_samples = joint_energy(logits_samples, sample_labels).sum() / max(counts.samples, 1)
+        of_samples = joint_energy(logits_samples, sample_labels)
+        if class_weights is not None:
+            of_samples = class_weights[sample_labels] * of_samples
+        joint_samples = of_samples.sum() / max(counts.samples, 1)
         total = total + config.p_x_y_weight * (joint_data - joint_samples)
     if config.energy_l2:
         squares = energy_data.square().sum() / max(counts.data, 1)
@@ -116,6 +124,13 @@ def detection(
     without end.
     """
     return F.softplus(energy_data), F.softplus(-energy_samples)
+
+
+def label_weights(labels: Int[Tensor, " n"], n_classes: int, world: World) -> Float[Tensor, " c"]:
+    """C n_y / n of the labelled images of all ranks: how often a class comes, over what it would were all alike."""
+    ones = torch.ones(len(labels), device=labels.device)
+    counts = world.sum(torch.zeros(n_classes, device=labels.device).index_add(0, labels, ones))
+    return n_classes * counts / counts.sum().clamp(min=1)
 
 
 def class_pool(logits: Float[Tensor, "n c"], labels: Int[Tensor, " n"], world: World) -> ClassPool:

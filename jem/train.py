@@ -20,7 +20,7 @@ from jem.energy import Logits, energy_fn, split_energy_fn
 from jem.errors import ConfigError, Problem
 from jem.kl import kl_energies, live_and_held
 from jem.models import ImageShape, initialize_act_norm, make_network
-from jem.objective import Counts, Loss, class_pool, gradient_norms, jem_loss
+from jem.objective import Counts, Loss, class_pool, gradient_norms, jem_loss, label_weights
 from jem.optim import BufferGuard, averaged_copy, guarded_update, learning_rate, make_optimizer, update_average
 from jem.pages import keep_freed_pages
 from jem.prior import Prior
@@ -235,6 +235,7 @@ def loss_and_gradient(
     assert labels is not None
     objective, n, classified = config.objective, batch.n_global, of_data if given else of_labelled
     pool = class_pool(classified, labels, world) if objective.p_x_given_y_weight else None
+    weights = label_weights(labels, of_data.shape[1], world) if objective.p_x_y_weight else None
     chains, of_kl = n if objective.samples_needed else 0, objective.kl_samples or n
     loss = jem_loss(
         of_data,
@@ -248,6 +249,7 @@ def loss_and_gradient(
         energy_kl=energy_kl,
         mass=mass,
         pool=pool,
+        class_weights=weights,
     )
     network.zero_grad()
     torch.autograd.backward(loss.total * world.size)

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from jem.errors import JEMError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -38,6 +44,28 @@ class World:
     def any(self, flag: bool, device: torch.device) -> bool:
         """Whether the flag is set on any rank."""
         return bool(self.sum(torch.tensor([float(flag)], device=device)).item() > 0)
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value, any object, on every rank. For what happens once in a while."""
+        told = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(told, value)
+        return told
+
+    def together(self, function: Callable[[], T]) -> T:
+        """What `function` returns here; a JEMError that it raises on any rank is raised on every one.
+
+        Where a rank went its own way, the others would wait for it in their next collective.
+        """
+        value, error = None, None
+        try:
+            value = function()
+        except JEMError as raised:
+            error = raised
+        error = next((one for one in self.gather(error) if one is not None), None)
+        if error is not None:
+            raise error
+        return value  # type: ignore[return-value]
 
     def barrier(self) -> None:
         """Return once every rank has called this."""

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
-from jem.errors import DataError, JEMError
+from jem.errors import DataError
 from jem.files import Location
 from jem.world import World
 from orchestrator.shared import Word, apart, sees
@@ -16,25 +16,9 @@ from orchestrator.shared import Word, apart, sees
 T = TypeVar("T")
 
 
-def together(world: World, function: Callable[[], T]) -> T:
-    """Call `function`; if it raises a JEMError on any rank, raise that on every rank."""
-    value, error = None, None
-    try:
-        value = function()
-    except JEMError as raised:
-        error = raised
-    if world.size > 1:
-        errors: list[JEMError | None] = [None] * world.size
-        dist.all_gather_object(errors, error)
-        error = next((e for e in errors if e is not None), None)
-    if error is not None:
-        raise error
-    return value  # type: ignore[return-value]
-
-
 def on_rank_0(world: World, function: Callable[[], T]) -> T:
     """What `function` returns on rank 0, or the JEMError it raises there; the same on every rank."""
-    return from_rank_0(world, together(world, lambda: function() if world.rank == 0 else None))  # type: ignore[return-value]
+    return from_rank_0(world, world.together(lambda: function() if world.rank == 0 else None))  # type: ignore[return-value]
 
 
 def from_rank_0(world: World, value: T) -> T:
@@ -62,7 +46,4 @@ def same_data(world: World, digest: str) -> None:
 
 def _of_all(world: World, mine: T) -> list[tuple[str, T]]:
     """Each rank's host and what it says, on every rank."""
-    told = [(socket.gethostname(), mine)] * world.size
-    if world.size > 1:
-        dist.all_gather_object(told, told[0])
-    return told
+    return world.gather((socket.gethostname(), mine))

@@ -33,7 +33,7 @@ from jem.settings import flatten
 from jem.train import StepInfo, TrainState, data_parallel, dtype_of, frozen_logits, train
 from jem.world import World
 from orchestrator import events
-from orchestrator.agreement import on_rank_0, together
+from orchestrator.agreement import on_rank_0
 from orchestrator.checkpoints import Checkpoints, find_for_rollback
 from orchestrator.config import RunConfig, shareable
 from orchestrator.control import Control
@@ -240,7 +240,7 @@ class Training:
 
         rollback, manifest = on_rank_0(self.world, choose)
         self.recovery.rollbacks.append(rollback)
-        together(self.world, lambda: self.restore(manifest))
+        self.world.together(lambda: self.restore(manifest))
         self.control.went_back(self.state.step)
         self.tell_of(rollback)
         self.clock = (self.state.step, time.monotonic())

@@ -17,7 +17,7 @@ from jem.errors import DataError, JEMError
 from jem.prior import fit_classes, make_prior
 from jem.train import dtype_of, prepare_first_step, start
 from jem.world import World
-from orchestrator.agreement import on_rank_0, same_data, same_folder, together
+from orchestrator.agreement import on_rank_0, same_data, same_folder
 from orchestrator.checkpoints import Checkpoints, Superseded, find, write_failure
 from orchestrator.config import RunConfig
 from orchestrator.initialize import initialize_from
@@ -50,7 +50,7 @@ def setup(job: Job, world: World, device: torch.device, report: Report) -> Train
     checkpoints = Checkpoints(world, job.root, config.checkpoint, device, config.recovery.healthy_steps)
     same_folder(world, job.root, job.word)
     checkpoints.claim(job.attempt, patience(config))
-    data = together(world, lambda: load(config.data))
+    data = world.together(lambda: load(config.data))
     same_data(world, data.digest)
     recovery = on_rank_0(world, lambda: read_recovery(job.root, config))
     manifest, faults = on_rank_0(world, lambda: find(job.root, config, recovery))
@@ -77,7 +77,7 @@ def setup(job: Job, world: World, device: torch.device, report: Report) -> Train
             prepare_first_step(state, whole.at(0).images)
         return training
 
-    return together(world, prepare)
+    return world.together(prepare)
 
 
 def patience(config: RunConfig) -> int:

@@ -72,18 +72,26 @@ def carved_sizes(found: Index, validation_size: int | None) -> dict[str, int]:
 
 
 def decode(files: Sequence[Path], size: int, channels: int) -> Tensor:
-    """uint8 [n, channels, size, size]: the middle square of each image, resized with antialiasing."""
+    """uint8 [n, channels, size, size]: the middle square of each image as a camera meant it, resized with antialiasing.
+
+    Raises DataError for one that cannot be read, or whose numbers are no bytes: Pillow would cut 16 bits off at 255.
+    """
     import numpy as np
     import torch
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     images = torch.empty(len(files), channels, size, size, dtype=torch.uint8)
     for row, path in enumerate(files):
         try:
             with Image.open(path) as opened:
-                image = opened.convert("RGB" if channels == 3 else "L")
+                mode = opened.mode
+                image = ImageOps.exif_transpose(opened).convert("RGB" if channels == 3 else "L")
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise DataError(f"{path}: is not a readable image: {error}; replace or delete the file") from error
+        if mode == "F" or mode.startswith("I"):
+            numbers = "floats" if mode == "F" else "more than 8 bits a pixel"
+            remedy = "scale the images to 0..255 and save them with 8 bits a channel"
+            raise DataError(f"{path}: has {numbers} (Pillow's mode {mode}), must have 8 bits a channel; {remedy}")
         side = min(image.size)
         left, top = (image.width - side) // 2, (image.height - side) // 2
         square = image.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.BILINEAR)

@@ -69,22 +69,27 @@ def over_random_batches(
 ) -> Tensor:
     """`over_batches` for a function that draws: from a stream of the batch's own, on `like`'s device.
 
-    With `labels` [n] it is given each batch's as well; `size` images are a batch.
+    With `labels` [n] it is given each batch's as well; `size` images are a batch. A JEMError of one
+    rank is raised on all.
     """
-    out: Tensor | None = None
     begins = range(0, len(images), size)
     mine = range(world.rank, len(begins), world.size)
-    for index in mine or (0,):  # a rank without a batch learns from the first one's first image what a row is
-        rows = slice(begins[index], begins[index] + size if mine else 1)
-        x = images[rows]
-        if config.noise_std:
-            x = x + config.noise_std * torch.randn(x.shape, generator=generator("cpu", "evaluate", key, index))
-        draws = generator(like.device, "evaluate", key, index, "of the function")
-        beside = () if labels is None else (labels[rows].to(like.device),)
-        value = function(x.to(like.device, like.dtype), draws, *beside).to(like.device)
-        if out is None:
-            out = value.new_zeros((len(images), *value.shape[1:]))
-        if mine:
-            out[rows] = value
-    assert out is not None, "a split is never empty"
-    return world.sum(out)
+
+    def of_this_rank() -> Tensor:
+        out: Tensor | None = None
+        for index in mine or (0,):  # a rank without a batch learns from the first one's first image what a row is
+            rows = slice(begins[index], begins[index] + size if mine else 1)
+            x = images[rows]
+            if config.noise_std:
+                x = x + config.noise_std * torch.randn(x.shape, generator=generator("cpu", "evaluate", key, index))
+            draws = generator(like.device, "evaluate", key, index, "of the function")
+            beside = () if labels is None else (labels[rows].to(like.device),)
+            value = function(x.to(like.device, like.dtype), draws, *beside).to(like.device)
+            if out is None:
+                out = value.new_zeros((len(images), *value.shape[1:]))
+            if mine:
+                out[rows] = value
+        assert out is not None, "a split is never empty"
+        return out
+
+    return world.sum(world.together(of_this_rank))

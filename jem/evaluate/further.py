@@ -11,6 +11,7 @@ from torch import Tensor
 
 from jem.config import EvaluateConfig, JEMConfig
 from jem.data.splits import DataSet
+from jem.energy import energy, joint_energy
 from jem.errors import ConfigError
 from jem.evaluate import generation, robustness, sampled
 from jem.evaluate.extractors import to_bytes
@@ -73,8 +74,10 @@ def further(
             left_out["gen"] = " ".join(str(error).split())
     if "chains" in rows:
         marks = sampled.lengths(config, settings)[1]
-        energy = -measured.logits["test"].logsumexp(dim=1)
-        report["chains"] = sampled.chains_section(rows["chains"], marks, config, energy, settings.generate.lengths)
+        of_test = measured.logits["test"]
+        classes = measured.labels["test"] if config.sgld.conditional else None  # what the chains follow
+        data_energy = energy(of_test) if classes is None else joint_energy(of_test, classes)
+        report["chains"] = sampled.chains_section(rows["chains"], marks, config, data_energy, settings.generate.lengths)
         report["metrics"] |= dict(sampled.chain_metrics(report["chains"]))
     report |= {"left_out": left_out, "conventions": CONVENTIONS}
     samples = {name: to_bytes(images) for name, (images, _) in samplers.items()}

@@ -139,6 +139,7 @@ def chain_diagnostics(
     sgld: SGLDConfig,
     generator: torch.Generator,
     on_step: Callable[[int], None] = lambda _: None,
+    exact: EnergyFn | None = None,
 ) -> dict[str, Float[Tensor, "n marks"]]:
     """Chains from `start` looked at after each number of steps in `marks`, which rise; by the names `DIAGNOSTICS`.
 
@@ -146,7 +147,8 @@ def chain_diagnostics(
     as in `jem.train.looks`, but of each chain and without the data's share), and the chance that Metropolis and
     Hastings would take the next move, at the chains' own temperature noise_scale^2 / (2 step_size) and at 1 (see
     `acceptance`). Nothing that is looked at changes a chain: the proposals' noise is a stream of its own, named by
-    the generator's seed. `on_step` is told the number of each step, from 1.
+    the generator's seed. `on_step` is told the number of each step, from 1. `exact`: the energy without
+    rounding to bf16, for the acceptance alone, where differences of energies are divided by a small temperature.
     """
     if not marks or list(marks) != sorted(set(marks)) or marks[0] < 0:
         raise ValueError(f"marks are {list(marks)}, must be numbers of steps that rise")
@@ -155,7 +157,7 @@ def chain_diagnostics(
     x = start
     for step in range(marks[-1] + 1):
         if step in marks:
-            for name, value in _look(energy, x, along(sgld, step), probe).items():
+            for name, value in _look(energy, exact or energy, x, along(sgld, step), probe).items():
                 seen[name].append(value)
         if step < marks[-1]:
             x, _ = sgld_step(energy, x, along(sgld, step), generator)
@@ -203,10 +205,10 @@ def log_marks(length: int, times: Sequence[int] = (1, 10, 100), per_decade: Sequ
     return sorted({0, *lengths} | {step for step in steps if step <= longest})
 
 
-def _look(energy: EnergyFn, x: Tensor, sgld: SGLDConfig, probe: torch.Generator) -> dict[str, Tensor]:
+def _look(energy: EnergyFn, exact: EnergyFn, x: Tensor, sgld: SGLDConfig, probe: torch.Generator) -> dict[str, Tensor]:
     value, gradient = differentiate(energy, x)
     own = sgld.noise_scale**2 / (2 * sgld.step_size)
-    taken_own, taken_one = acceptance(energy, x, (own, 1.0), sgld, probe)
+    taken_own, taken_one = acceptance(exact, x, (own, 1.0), sgld, probe)
     if sgld.normalize_gradient:  # steps that do not get shorter where it is flat have no temperature of their own
         taken_own = torch.full_like(taken_own, float("nan"))
     saturated = (x.abs() >= (sgld.clamp or WIDE)).flatten(1).double().mean(dim=1)

@@ -23,7 +23,7 @@ from jem.evaluate.evaluate import BATCH, over_random_batches
 from jem.evaluate.generation import DIAGNOSTICS, chain_diagnostics, fresh
 from jem.evaluate.sampled import lengths
 from jem.train import autocast, frozen_logits
-from jem.world import World
+from jem.world import T, World
 
 FORWARDS = {"logits": 1, "features": 1, "approx_mass": 3, "odin": 4, "refinement": 2 * scores.RELEASED.steps + 2}
 """What a pass over an image costs, in forward passes."""
@@ -49,6 +49,9 @@ class Part(World):
 
     def sum(self, values: Tensor) -> Tensor:
         return values
+
+    def gather(self, value: T) -> list[T]:
+        return [value]
 
 
 def needed(complete: bool, outliers: tuple[str, ...], left_out: Mapping[str, str]) -> list[Pass]:
@@ -113,7 +116,8 @@ def run_pass(
 def functions(network: nn.Module, config: JEMConfig, settings: EvaluateConfig) -> dict[str, Function]:
     """Each pass as a function of a batch, for a network in eval mode, in the precision it was trained in.
 
-    Attacks compute in float32: rounding to bf16 must not hide a gradient.
+    Attacks compute in float32: rounding to bf16 must not hide a gradient. So does the acceptance of a chain's
+    moves, which divides differences of energies by a temperature of 5e-5. Chains that keep classes get them as labels.
     """
     logits = frozen_logits(network, config)
     exact = frozen_logits(network, replace(config, precision="float32") if config.precision == "bf16" else config)
@@ -131,14 +135,15 @@ def functions(network: nn.Module, config: JEMConfig, settings: EvaluateConfig) -
     def attack(k: int, x: Tensor, generator: torch.Generator, labels: Tensor, on_part: robustness.OnPart) -> Tensor:
         return robustness.attack(exact, x, labels, k, config, settings, generator, on_part)
 
-    def chains(x: Tensor, generator: torch.Generator) -> Tensor:
-        found = chain_diagnostics(energy_fn(logits), x, marks, config.sgld, generator)
+    def chains(x: Tensor, generator: torch.Generator, *classes: Tensor) -> Tensor:
+        energies = energy_fn(logits, *classes), energy_fn(exact, *classes)
+        found = chain_diagnostics(energies[0], x, marks, config.sgld, generator, exact=energies[1])
         return torch.stack([found[key] for key in DIAGNOSTICS], dim=2)
 
     return {
         **{f"attack/{k}": partial(attack, k) for k in (0, *settings.attack.refine)},
         "distal": lambda x, _, labels: robustness.distal(exact, x, labels),
-        "fresh": lambda x, generator: fresh(logits, x, length, config.sgld, generator),
+        "fresh": lambda x, generator, *classes: fresh(logits, x, length, config.sgld, generator, *classes),
         "chains": chains,
         "logits": lambda x, _: logits(x),
         "features": features,

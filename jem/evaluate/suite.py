@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from jem.config import EvaluateConfig, JEMConfig
 from jem.data.augment import to_float
 from jem.data.sources import DataSet
+from jem.errors import DataError
 from jem.evaluate import others, passes
 from jem.evaluate.extractors import extractor_for
 from jem.evaluate.further import further
@@ -24,6 +25,7 @@ from jem.evaluate.robustness import counts
 from jem.evaluate.sampled import evenly, n_samples
 from jem.prior import fit_classes, make_prior, uniform
 from jem.randomness import generator
+from jem.train import ALONE
 from jem.world import World
 
 FAST_SETS = ("interp", "uniform")
@@ -61,17 +63,22 @@ def evaluate(
     settings: EvaluateConfig,
     compute: Dealt,
     buffer: Callable[[], Tensor] | None = None,
+    world: World = ALONE,
 ) -> tuple[dict[str, Any], Measured]:
     """The suite `settings.suite` of a network: the report (see report.py) and the outputs it was made from.
 
     The test split is in-distribution; images are clean unless `settings.noise_std`. Temperature and threshold are
     fitted on the validation split. `buffer`: reads the chains [n, c, h, w] of the replay buffer, where there is one.
-    Raises DivergedError if an output is not finite.
+    `world`: the ranks that call this with the same arguments, and compute together.
+    Raises DivergedError if an output is not finite, DataError if the ranks do not have the same sets.
     """
     began = time.monotonic()
     sizes = {name: len(split) for name, split in data.splits.items()}
     digest, data = data.digest, replace(data, train=data.train.part())
-    subjects = prepare(network, data, config, settings)
+    subjects = world.together(lambda: prepare(network, data, config, settings))
+    told = world.gather(subjects.passes)
+    if any(listed != told[0] for listed in told):
+        raise DataError(_unequal(told))
     labels = {"validation": data.validation.labels, "test": data.test.labels}
     found = compute(subjects)
     measured = assemble(found, labels, network, subjects.left_out, data.train.labels)
@@ -91,6 +98,13 @@ def evaluate(
     return report | {"seconds": time.monotonic() - began}, measured
 
 
+def _unequal(told: list[list[Pass]]) -> str:
+    names = [{name for which in listed for name in which} for listed in told]
+    some = sorted(set[str].union(*names) - set[str].intersection(*names))
+    what = f"not all workers' machines have {', '.join(some)}"
+    return f"evaluate.sets: {what}: bring it to all (the data, pytorch-ood, foolbox), or name the sets that all have"
+
+
 def prepare(network: nn.Module, data: DataSet, config: JEMConfig, settings: EvaluateConfig) -> Subjects:
     """Load and adapt all sets. Raises ConfigError or DataError for one that was asked for and cannot be had."""
     test = to_float(data.test.images, torch.float32)
@@ -102,6 +116,9 @@ def prepare(network: nn.Module, data: DataSet, config: JEMConfig, settings: Eval
     names: tuple[str, ...] = FAST_SETS
     if settings.complete:
         left_out = baselines_left_out(network, data.train)
+        if config.data.labels_per_class is not None:
+            reason = f"it needs the labels of all training images; the run had {config.data.labels_per_class} a class"
+            left_out.setdefault("mahalanobis", reason)
         images["train"] = data.train.images
         names = settings.sets
         if not names:
@@ -115,7 +132,10 @@ def prepare(network: nn.Module, data: DataSet, config: JEMConfig, settings: Eval
         labels = {"attacked": data.test.labels[rows], "noise": torch.arange(len(data.classes))}
         images |= {"attacked": test[rows], "noise": uniform((len(data.classes), *data.image_shape), _stream("distal"))}
         if config.objective.samples_needed:
-            images |= _starts(config, settings, data)
+            starts = _starts(config, settings, data)
+            images |= starts
+            if config.sgld.conditional:
+                labels |= {name: torch.arange(len(x)) % data.n_classes for name, x in starts.items()}
     for key, name in others.check_sets(names, config.data).items():
         images[key], how[key] = others.load_outliers(name, test, config.data, settings.max_images)
     todo = [*needed(settings.complete, tuple(how), left_out), *more]

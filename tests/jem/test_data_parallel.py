@@ -8,7 +8,14 @@ from spawn import run_ranks
 from torch.nn.parallel import DistributedDataParallel
 from toys import labelled_batch, small, tensors_of
 
+from jem.config import DataConfig, EvaluateConfig
 from jem.data.batches import Batch
+from jem.data.sources import load
+from jem.errors import DataError, JEMError
+from jem.evaluate import suite
+from jem.evaluate.evaluate import BATCH, over_batches
+from jem.evaluate.passes import Pass
+from jem.evaluate.suite import Subjects
 from jem.prior import Prior
 from jem.replay import ReplayBuffer
 from jem.train import prepare_first_step, sample, start, train_step
@@ -179,6 +186,31 @@ def act_norm(world):
     return tensors_of(state)
 
 
+def spoilt_evaluation(world):
+    """What each rank was told of a batch that one of them cannot compute, and of sets that are not everywhere."""
+
+    def function(x):
+        if x.flatten()[0] == 1:  # the second batch: of rank 1
+            raise JEMError("the gradient is not finite")
+        return x.flatten(1)
+
+    told = []
+    images = torch.arange(3.0).repeat_interleave(BATCH)[:, None, None, None]
+    with pytest.raises(JEMError) as raised:
+        over_batches(function, images, EvaluateConfig(), world, torch.zeros(()), "spoilt")
+    told.append(str(raised.value))
+
+    def prepared(*_):
+        return Subjects({}, {}, [Pass("test", "logits"), *[Pass("textures", "logits")] * (world.rank == 0)], {})
+
+    data = load(DataConfig(name="digits"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(suite, "prepare", prepared)
+        with pytest.raises(DataError) as raised:
+            suite.evaluate(None, data, small(), EvaluateConfig(), lambda _: pytest.fail("computed"), world=world)
+    return [*told, str(raised.value)]
+
+
 def on_rank(world):
     """Everything below, in one go: starting processes is what costs."""
     return {
@@ -191,12 +223,21 @@ def on_rank(world):
         "guards": {key: poisoned_steps(world, **case, **BATCH_NORM) for key, case in GUARDS.items()},
         "collectives": rank_alone_samples(world),
         "act norm": act_norm(world),
+        "spoilt": spoilt_evaluation(world),
     }
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     return run_ranks(on_rank, SIZES, tmp_path_factory.mktemp("ranks"))
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_what_one_rank_cannot_evaluate_ends_all_of_them_with_the_reason(ranks, size):
+    for rank in ranks[size]:
+        broken, unequal = rank["spoilt"]
+        assert broken == "the gradient is not finite"
+        assert unequal.startswith("evaluate.sets: not all workers' machines have textures: bring it to all")
 
 
 def sorted_rows(chains):

@@ -10,7 +10,7 @@ from jem.config import ObjectiveConfig
 from jem.data.batches import Batch
 from jem.energy import energy, joint_energy
 from jem.models import make_network
-from jem.objective import Counts, jem_loss
+from jem.objective import Counts, jem_loss, label_weights
 from jem.randomness import generator as named_generator
 from jem.train import start, train
 from jem.world import World
@@ -129,13 +129,14 @@ def flat(gradients):
     return torch.cat([g.flatten() for g in gradients])
 
 
-def expected_gradient(network, data, points, classes, probabilities, objective):
+def expected_gradient(network, data, points, classes, probabilities, objective, weights=None):
     """The mean of the loss' gradient over samples drawn with these probabilities, exactly."""
     x, labels = data
     total = 0.0
     for point, y, p in zip(points, classes, probabilities, strict=True):
         logits, logits_sample = network(x), network(point[None])
-        loss = jem_loss(logits, logits_sample, logits, labels, y[None], objective, Counts(len(x), 1, len(x)))
+        counts = Counts(len(x), 1, len(x))
+        loss = jem_loss(logits, logits_sample, logits, labels, y[None], objective, counts, class_weights=weights)
         total = total + p * flat(torch.autograd.grad(loss.total, list(network.parameters())))
     return total
 
@@ -167,10 +168,10 @@ def test_with_the_cross_entropy_it_is_that_of_minus_log_p_of_x_and_y(network, da
     torch.testing.assert_close(gradient, truth, atol=1e-12, rtol=0)
 
 
-def test_joint_term_with_samples_of_every_class_alike_is_minus_log_p_of_x_given_y_on_balanced_data(network, data):
-    """Chains keep a class each, y ~ uniform and x ~ p(x|y): with as many images of each class, -grad log p(x|y)."""
-    x = data[0]
-    labels = torch.arange(3).repeat(len(x) // 3)
+@pytest.mark.parametrize("labels", [[0, 1, 2] * 4, [0] * 8 + [1] * 3 + [2], [0] * 9 + [2] * 3])
+def test_joint_term_with_samples_of_every_class_alike_is_minus_log_p_of_x_given_y(network, data, labels):
+    """Chains keep a class each, y ~ uniform and x ~ p(x|y); weighted as the labels are frequent: -grad log p(x|y)."""
+    x, labels = data[0], torch.tensor(labels)
     points = grid(3.0, 5)
     logits = network(points)
     log_z = logits.logsumexp(0)  # of p(x|y), for each y
@@ -179,5 +180,6 @@ def test_joint_term_with_samples_of_every_class_alike_is_minus_log_p_of_x_given_
     classes = torch.arange(3).repeat_interleave(len(points))
     probabilities = logits.softmax(0).detach().T.flatten() / 3
     objective = ObjectiveConfig(p_y_given_x_weight=0.0, p_x_weight=0.0, p_x_y_weight=1.0)
-    gradient = expected_gradient(network, (x, labels), points.repeat(3, 1, 1, 1), classes, probabilities, objective)
+    samples, weights = (points.repeat(3, 1, 1, 1), classes, probabilities), label_weights(labels, 3, World())
+    gradient = expected_gradient(network, (x, labels), *samples, objective, weights)
     torch.testing.assert_close(gradient, truth, atol=1e-12, rtol=0)

@@ -5,21 +5,15 @@ import torch
 
 from jem.config import EvaluateConfig
 from jem.evaluate.evaluate import BATCH, over_batches, over_random_batches
+from jem.evaluate.passes import Part
 from jem.evaluate.scores import refinement
 from jem.world import World
 
 LIKE = torch.zeros(())
 
 
-class Alone(World):
-    """A rank whose sum waits for nobody: the test adds up."""
-
-    def sum(self, values):
-        return values.clone()
-
-
 def gathered(function, images, config, size):
-    return sum(over_batches(function, images, config, Alone(r, size), LIKE, "test") for r in range(size))
+    return sum(over_batches(function, images, config, Part(r, size), LIKE, "test") for r in range(size))
 
 
 @pytest.mark.parametrize("noise_std", [0.0, 0.5])
@@ -63,7 +57,7 @@ def test_scores_that_draw_are_the_same_bits_however_many_ranks_compute_them(size
     images = torch.randn(2 * BATCH + 30, 1, 4, 4, generator=generator)
 
     def gathered(size):
-        ranks = (Alone(rank, size) for rank in range(size))
+        ranks = (Part(rank, size) for rank in range(size))
         return sum(over_random_batches(refine, images, EvaluateConfig(), rank, LIKE, "test") for rank in ranks)
 
     alone = gathered(1)

@@ -1,4 +1,5 @@
 import image_fakes as fakes
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -58,6 +59,28 @@ def test_every_kind_of_picture_becomes_the_channels_asked_for(tmp_path, mode, ch
     data = load(config(tmp_path, channels=channels, image_size=4))
     assert data.image_shape == (channels, 4, 4)
     assert max(int(split.images.max()) for split in data.splits.values()) == 255
+
+
+@pytest.mark.parametrize(
+    ("dtype", "named"), [(np.uint16, "more than 8 bits"), (np.int32, "more than 8"), (np.float32, "floats")]
+)
+def test_numbers_that_are_no_bytes_are_refused_and_not_cut_off(tmp_path, dtype, named):
+    fakes.folder(tmp_path, {"a": 5, "b": 5})
+    odd = tmp_path / "b" / "000.tif"
+    Image.fromarray((np.arange(200).reshape(10, 20) * 300).astype(dtype)).save(odd)
+    with pytest.raises(DataError, match=rf"000.tif: has {named}.* must have 8 bits a channel; scale"):
+        load(config(tmp_path, image_size=4))
+
+
+def test_a_photograph_stands_as_its_camera_says(tmp_path):
+    fakes.folder(tmp_path, {"train/a": 3, "train/b": 3, "test/a": 1, "test/b": 1})
+    picture = Image.new("L", (4, 4), 0)
+    picture.paste(255, (0, 0, 4, 2))  # light above
+    turned = Image.Exif()
+    turned[0x0112] = 3  # upside down
+    picture.save(tmp_path / "test" / "a" / "000.png", exif=turned)
+    image = load(config(tmp_path, image_size=4, channels=1), ("test",)).test.images[0, 0]
+    assert image[:, 0].tolist() == [0, 0, 255, 255]
 
 
 def test_an_oblong_image_keeps_its_proportions(tmp_path):
