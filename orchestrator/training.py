@@ -137,9 +137,8 @@ class Training:
                         return self.stop()
                     if info.step == self.job.until:
                         break
-        self.evaluate()  # not watched: its statistics take as long as they take, without a step
-        self.calibrate()
-        return self.outcome("finished", "")
+        self.calibrate()  # first: the trained model is there, whatever becomes of its evaluation
+        return self.outcome("finished", self.evaluate())  # not watched: it may take minutes without a batch
 
     def after(self, info: StepInfo) -> str | None:
         """What is due after a step; why the run has diverged, if it has."""
@@ -350,9 +349,10 @@ class Training:
             self.event("image", step=self.state.step, key="samples", path=path)
         self.clock = (self.state.step, time.monotonic())
 
-    def evaluate(self) -> None:
+    def evaluate(self) -> str:
+        """The figures of the end; why there are none, where that is nothing that more training would mend."""
         if self.config.evaluate.suite == "none":
-            return
+            return ""
         network, config = self.final_network(), self.config
         compute = compute_here(
             network, config, config.evaluate, self.world, self.like, lambda *_: self.watchdog.touch()
@@ -360,10 +360,19 @@ class Training:
         buffer = None
         if config.evaluate.complete and self.saved is not None:
             buffer = checkpoint.chains_of(checkpoint.read_manifest(self.saved), config)
-        self.evaluated, _ = evaluate(network, self.data, config, config.evaluate, compute, buffer)
+        try:
+            self.evaluated, _ = evaluate(network, self.data, config, config.evaluate, compute, buffer, self.world)
+        except DivergedError:
+            raise
+        except JEMError as error:
+            again = f"python jobs/evaluate.py {self.job.root.uri}"
+            told = f"trained to the end, but not evaluated: {error}; {again}"
+            self.event("note", text=told)
+            return told
         self.log_metrics(self.evaluated["metrics"])
         if "gen" in self.evaluated:
             self.event("tags", tags=gen_tags(self.evaluated["gen"]))
+        return ""
 
     def calibrate(self) -> None:
         """What the final model needs to be used; on images without noise, as those will be that it is asked about."""

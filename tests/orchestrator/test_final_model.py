@@ -17,6 +17,7 @@ from jem.evaluate.calibration import confidence_bins, ece
 from jem.files import Location
 from jem.predict import Predictor, read_card
 from orchestrator.final_model import calibrate, examples, summary, write_model
+from orchestrator.training import Training
 
 REGISTER = "evaluate.register=true"
 
@@ -114,7 +115,13 @@ def test_nothing_is_measured_for_a_model_that_is_not_registered(tmp_path):
 
 
 def test_a_final_model_that_is_not_finite_is_a_run_that_diverged(tmp_path, monkeypatch):
-    monkeypatch.setattr("orchestrator.training.Training.evaluate", lambda _: setattr(Hooks, "output", hostile))
+    measure = Training.calibrate
+
+    def late(training):
+        Hooks.output = staticmethod(hostile)
+        measure(training)
+
+    monkeypatch.setattr(Training, "calibrate", late)
     outcome = fit(tmp_path, HOOKED, REGISTER, "steps=4")
     assert (outcome["status"], outcome["exit_code"]) == ("diverged", 4)
     with pytest.raises(DivergedError):

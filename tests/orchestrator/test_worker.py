@@ -312,6 +312,16 @@ def test_the_last_evaluation_has_all_figures_of_the_fast_suite(tmp_path):
     assert not [key for key in fit(tmp_path / "none", "evaluate.suite=none")["metrics"] if key.startswith("test/")]
 
 
+def test_an_evaluation_that_cannot_be_made_leaves_a_finished_run_with_its_model(tmp_path):
+    outcome = fit(tmp_path, "steps=4", "evaluate.suite=full", "evaluate.sets=[/nowhere]", "evaluate.register=true")
+    assert (outcome["status"], outcome["step"]) == ("finished", 4)
+    assert outcome["calibrated"] is not None
+    assert outcome["message"].startswith("trained to the end, but not evaluated: ")
+    assert "/nowhere" in outcome["message"]
+    assert outcome["message"].endswith(f"python jobs/evaluate.py {tmp_path}")
+    assert [event["text"] for event in log_of(tmp_path, "note")] == [outcome["message"]]
+
+
 def test_a_run_whose_every_update_is_not_finite_ends_diverged_and_leaves_good_checkpoints(tmp_path):
     settings = (HOOKED, "recovery.every=3", "recovery.max=0", "recovery.healthy_steps=0")
     outcome = fit(tmp_path, *settings, hooks={6: poison})
