@@ -17,6 +17,7 @@ from typing import Any
 from jem import checkpoint
 from jem.errors import CheckpointError, JEMError
 from jem.files import Location
+from orchestrator.checkpoints import owner
 from orchestrator.config import RunConfig, to_yaml
 from orchestrator.control import clear_request
 from orchestrator.curves import curves_png, latest
@@ -43,7 +44,10 @@ class Attempt:
     def __init__(self, config: RunConfig, root: Location, record: RunRecord, folder: Path | None = None) -> None:
         """`folder`: where log, pictures and models are made on this machine; none: the run's workbench."""
         self.config, self.root, self.record = config, root, record
-        self.number = len(record.attempts) + 1
+        known = [entry["number"] for entry in record.attempts] or [
+            owner(root).get("attempt", 0)
+        ]  # where run.json was lost
+        self.number = max(known) + 1
         self.folder = folder or workbench(root)
         self.fetched = folder is not None and not root.is_local  # from the store, by whoever reads the log
         if not record.attempts:

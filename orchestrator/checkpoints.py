@@ -30,6 +30,14 @@ FAILURE = "failure.txt"
 """In the run's folder: the last exception that ended a worker, and where it came from."""
 
 
+def owner(root: Location) -> dict[str, Any]:
+    """The group of workers that may write the run's checkpoints: {attempt, token, starts}; empty where none did yet."""
+    try:
+        return dict(json.loads((root / OWNER).read()))
+    except (FileNotFoundError, ValueError, TypeError):
+        return {}
+
+
 class Superseded(RuntimeError):  # noqa: N818 - it is no error of the run, another process has taken it over
     """Another group of workers has taken the run over: this one was thought dead."""
 
@@ -87,10 +95,7 @@ class Checkpoints:
             raise Superseded(f"{self.root.uri}: another group of workers has taken this run over")
 
     def _owner(self) -> dict[str, Any]:
-        try:
-            return dict(json.loads((self.root / OWNER).read()))
-        except (FileNotFoundError, ValueError, TypeError):
-            return {}
+        return owner(self.root)
 
     def _write_owner(self, attempt: int, token: str) -> None:
         content = {"attempt": attempt, "token": token, "starts": self.starts}

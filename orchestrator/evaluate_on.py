@@ -123,9 +123,12 @@ def compute_on_ray(network: nn.Module, config: RunConfig, workers: int, progress
 
 
 def _check(cluster: Cluster, workers: int, device: str) -> None:
-    """Raise ConfigError for workers that would wait for ever."""
+    """Raise ConfigError for workers that would wait for ever; to a cluster an autoscaler may bring what is missing."""
     has, what = (cluster.gpus, "GPUs") if device == "cuda" else (cluster.cpus, "CPUs")
-    if has < workers:
+    if has < workers and not cluster.private:
+        told = f"workers={workers}, the cluster has {has:g} {what} at present: waiting for more"
+        print(told, file=sys.stderr, flush=True)
+    elif has < workers:
         message = f"is {workers}, the cluster has {has:g} {what}; lower it" + (
             ", or set device=cpu" * (device == "cuda")
         )

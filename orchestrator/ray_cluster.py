@@ -140,7 +140,8 @@ def train_on_ray(
 ) -> dict[str, Any]:
     """Run the worker function on every worker; what it returned on rank 0. Raises what Ray raises.
 
-    `until`: a step at which the run stops as if asked to. `place`: custom resources that a worker takes besides a CPU.
+    `until`: a step at which the run stops as if asked to. `place`: the resources that a worker takes; none: a CPU, and
+    a GPU where there is one for each.
     """
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
@@ -149,7 +150,7 @@ def train_on_ray(
 
     if not cluster.private and not root.is_local:  # the driver's log is filled from checkpoints, see Mirror
         log_path = log_path.with_name("events-of-rank-0.jsonl")
-    gpu = use_gpu(config, cluster)
+    gpu = use_gpu(config, cluster) if place is None else bool(place.get("GPU"))
     with word_in(root) as word:
         job = Job(config, root, log_path, attempt, init_from, facts(), until, word)
         trainer = (_private_trainer() if cluster.private else TorchTrainer)(
@@ -159,7 +160,7 @@ def train_on_ray(
             scaling_config=ScalingConfig(
                 num_workers=(config.min_workers, config.max_workers) if elastic(config) else config.max_workers,
                 use_gpu=gpu,
-                resources_per_worker={"CPU": 1, **({"GPU": 1} if gpu else {}), **place} if place else None,
+                resources_per_worker=None if place is None else dict(place),
                 elastic_resize_monitor_interval_s=RESIZE_EVERY_S,
             ),
             run_config=RunConfig(

@@ -9,6 +9,7 @@ from typing import Any
 
 import psutil
 
+from jem.evaluate.others import check_sets
 from jem.files import Location
 from jem.settings import digest
 from orchestrator.attempt import Attempt, failed
@@ -53,11 +54,14 @@ class SweepResult(Result):
 def run_sweep(sweep: Sweep, fresh: bool = False) -> SweepResult:
     """Search, train the finalists, decide; or go on with that; or read out what came of it."""
     check_folder(sweep.run)
+    if load_run_config(sweep.config.base, []).evaluate.complete:
+        check_sets(sweep.run.evaluate.sets, sweep.run.data)  # of the winner: now, not when all is trained
     storage = storage_of(trial_config(sweep, {}, name=sweep.name))
     root = storage / sweep.name
     with lock(root):
         record = open_folder(root, Record(sweep.name, sweep.science), fresh)
         if record.status == "finished" and record.result:
+            _tell_of_changes(sweep, record)
             return SweepResult(**record.result)
         return Search(sweep, storage, root, record).run()
 
@@ -112,9 +116,14 @@ class Search(Session[SweepResult]):
             ]
             if trials:
                 stage("finalists", trials, len(trials), 0)
-        rows = read_trials(self.root)
+        rows = self._rows()
         decision = decide.decide(rows, sweep)
         return {"status": "finished", "decision": decision, **self._crown(rows, decision, setting)}
+
+    def _rows(self) -> list[Row]:
+        """The trials; the winner has finished, also while it is measured, or where that was interrupted."""
+        rows = read_trials(self.root)
+        return [replace(row, status="finished") if row.name == self.record.winner else row for row in rows]
 
     def _candidates(self) -> list[Trial]:
         """All trials of the search where they do not depend on each other; none where they are suggested."""
@@ -146,9 +155,12 @@ class Search(Session[SweepResult]):
         assert spec is not None
         self.uploads.add(row.name, spec, log_of(root), workbench(root))
         self.uploads.reopen(row.name)
+        self.record.winner = row.name
+        self.record.save(self.root)  # first: with this trial at work, what it has shown would not count
         with lock(root):
             record = read_record(root)
             assert record is not None
+            trained = record.result
             write_config(root, config)
             attempt = Attempt(config, root, record)
             attempt.begin()
@@ -156,12 +168,19 @@ class Search(Session[SweepResult]):
                 result = attempt.close(train_here(config, root, attempt, setting.init_from, cores()))
             except Exception as error:
                 result = attempt.close(failed(error))
+            if result.status != "finished":  # the trial is what it was
+                record.status, record.result = "finished", trained
+                record.save(root)
         self.uploads.close_trial(row.name, result.status, result.message)
-        return {"winner": row, "metrics": result.metrics, "checkpoint": result.checkpoint, "step": result.step}
+        found = {"winner": row, "metrics": result.metrics, "checkpoint": result.checkpoint, "step": result.step}
+        if result.status != "finished" or result.message:  # the same command measures it again
+            status = "failed" if result.status == "finished" else result.status
+            found |= {"status": status, "message": f"the winner, {row.name}: {result.message or result.status}"}
+        return found
 
     def close(self, outcome: dict[str, Any]) -> SweepResult:
         """Tables, pictures, the recipe, MLflow, the record."""
-        rows, decision = read_trials(self.root), outcome.get("decision")
+        rows, decision = self._rows(), outcome.get("decision")
         names = [*write_tables(rows, self.folder), *draw_plots(rows, self.sweep, self.folder), "sweep.yaml"]
         text = summary(rows, self.sweep, decision)
         (self.folder / "summary.md").write_text(text)
@@ -195,7 +214,21 @@ class Search(Session[SweepResult]):
             trials=dict(counts(rows)),
             verdict=decision.verdict if decision else "",
         )
+        self.record.asked = _asked(self.sweep)
         return self.remember(result)
+
+
+def _asked(sweep: Sweep) -> dict[str, Any]:
+    config = sweep.config
+    return {"seeds": config.seeds, "finalists": config.finalists, "budget.minutes": config.budget.minutes}
+
+
+def _tell_of_changes(sweep: Sweep, record: Record) -> None:
+    for key, value in _asked(sweep).items():
+        before = record.asked.get(key, value)
+        if value != before:
+            told = f"{key}={value} changes nothing: {record.name} has finished, with {before}"
+            print(f"{told}; another name= begins another sweep, --fresh this one anew", file=sys.stderr)
 
 
 def _told(row: Row) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from orchestrator.runs import open_record, read_record
 from orchestrator.sweep.config import Sweep, trial_config
 from orchestrator.sweep.fork import write_trial
 from orchestrator.sweep.summary import counts_text
-from orchestrator.sweep.table import Row
+from orchestrator.sweep.table import FIXED, Row
 from orchestrator.sweep.trial import TRIALS, Trial
 
 log = logging.getLogger(__name__)
@@ -47,7 +47,10 @@ def message_of(outcome: Mapping[str, Any], rows: Sequence[Row], told: str) -> st
     if not ended:
         return ""
     more = [f"and {len(ended) - SHOWN} more"] if len(ended) > SHOWN else []
-    alone = [] if any(row.status == "finished" for row in rows) else ["--fresh starts them anew"]
+    if any(row.status == "failed" and row.stage in FIXED for row in rows):
+        alone = ["the same command tries again what failed"]
+    else:
+        alone = [] if any(row.status == "finished" for row in rows) else ["--fresh starts them anew"]
     return "; ".join([told, *ended[:SHOWN], *more, *alone])
 
 

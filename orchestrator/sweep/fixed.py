@@ -39,7 +39,7 @@ class FixedTrials(Session[R]):
         """Cores of a trial of one worker."""
 
     def left(self) -> list[Trial]:
-        """Those that have not ended yet, or finished with fewer steps."""
+        """Those that have not ended yet, failed, or finished with fewer steps."""
         return [t for t in self.trials() if not _over(self.root / TRIALS / t.name, self.sweep.steps_at(t.point))]
 
     def sent(self) -> bool:
@@ -91,4 +91,4 @@ def _over(folder: Location, steps: int) -> bool:
         record = read_record(folder)
     except ConfigError:
         return True  # damaged: it counts as failed, and says why
-    return record is not None and over(record, steps)
+    return record is not None and over(record, steps, again=True)

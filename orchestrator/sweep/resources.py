@@ -76,7 +76,7 @@ def fit(sweep: Sweep, cpus: float, gpus: float, memory_gib: float, grows: bool =
         raise ConfigError([Problem("resources.label", message)])
     limits: dict[str, float] = {"the arms" if sweep.arms else "budget.trials": config.budget.trials}
     if not grows or config.concurrency is None:
-        problems = list(_impossible(needs, workers, config.concurrency))
+        problems = list(_impossible(needs, workers, config.concurrency, grows))
         if problems:
             raise ConfigError(problems)
         limits |= {f"the {need.what}": need.trials for need in needs}
@@ -99,6 +99,13 @@ def gpus_a_worker(sweep: Sweep, gpus: float) -> float:
     return 1.0 if sweep.run.device == "cuda" or there else 0.0
 
 
+def worker_resources(sweep: Sweep, gpus: float) -> dict[str, float]:
+    """What Ray gives a worker of a trial of several, where there are so many GPUs."""
+    wanted, gpu = sweep.config.resources, gpus_a_worker(sweep, gpus)
+    found = {"CPU": wanted.cpu} | ({"GPU": gpu} if gpu else {})
+    return found | ({wanted.label: SHARE} if wanted.label else {})
+
+
 def machine() -> tuple[float, float, float]:
     """This machine's CPUs, GPUs and GiB of memory; a container's where it has less."""
     import torch
@@ -116,12 +123,13 @@ def _memory() -> float:
     return float(there)
 
 
-def _impossible(needs: list[_Need], workers: int, concurrency: int | None) -> Iterator[Problem]:
+def _impossible(needs: list[_Need], workers: int, concurrency: int | None, grows: bool) -> Iterator[Problem]:
     for need in needs:
         there = f"of which there are {need.there:.4g}{need.unit}"
         if need.trials < 1:
             message = f"is {need.each / workers:g}, but a single trial takes {need.sum(1, workers)}, {there}"
-            yield Problem(need.key, f"{message}; lower {need.remedy}")
+            more = ", or set concurrency=N: so many are asked for, and an autoscaler brings what they take" * grows
+            yield Problem(need.key, f"{message}; lower {need.remedy}{more}")
         elif concurrency is not None and need.trials < concurrency:
             message = f"is {concurrency}, which takes {need.sum(concurrency, workers)}, {there}"
             yield Problem("concurrency", f"{message}; use at most {need.trials}, or lower {need.remedy}")

@@ -68,6 +68,8 @@ class Record:
     mlflow: dict[str, Any] = field(default_factory=dict)
     attempts: list[dict[str, Any]] = field(default_factory=list)
     stages: list[str] = field(default_factory=list)  # those that are done
+    winner: str | None = None  # the finished trial that is being measured on test data, once that is decided
+    asked: dict[str, Any] = field(default_factory=dict)  # what of a search is no science, as it finished with
     result: dict[str, Any] | None = None
 
     def save(self, root: Location) -> None:

@@ -29,6 +29,9 @@ SEEDS = "seeds"
 ABLATION = "ablation"
 """The same of runs of several arms."""
 
+FIXED = (SEEDS, ABLATION)
+"""Stages whose trials are all asked for by name: one that failed is tried again by the same command."""
+
 STAGES = ("search", SEEDS, ABLATION, "finalists")
 
 GOING_ON = ("running", "waiting", "stopped", "out of time")

@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from jem.errors import CheckpointError, ConfigError, JEMError
+from jem.errors import CheckpointError, ConfigError, DivergedError, JEMError
 from jem.files import Location
 from orchestrator import events
 from orchestrator.attempt import Attempt, failed
@@ -23,9 +23,9 @@ from orchestrator.result import Result
 from orchestrator.runs import RunRecord, lock, open_record, read_record, write_config
 from orchestrator.sweep.config import OBJECTIVES, Sweep, trial_config
 from orchestrator.sweep.fork import go_over, prepare, read_forks, write_trial
-from orchestrator.sweep.resources import SHARE
+from orchestrator.sweep.resources import worker_resources
 from orchestrator.sweep.shared_log import Sharing, desk
-from orchestrator.sweep.table import GOING_ON
+from orchestrator.sweep.table import FIXED, GOING_ON
 
 TRIALS, CLOSING, STOPPING = "trials", "closing", "stopping"
 """Of a sweep's folder: its trials, and the words that no new one may begin, and none at all."""
@@ -125,7 +125,7 @@ class Work:
             self._go_over()
             config = self._config()
             record = open_record(root, config, fresh=False)
-            if over(record, config.steps):
+            if over(record, config.steps, self.trial.stage in FIXED):
                 assert record.result is not None
                 return Result(**record.result)
             write_trial(root, self.content, read_forks(root))
@@ -181,8 +181,7 @@ class Work:
         several = config.max_workers > 1
         with Mirror(self.root, attempt.log_path, needed=several and not cluster.private):
             if several:
-                label = setting.sweep.config.resources.label
-                place = {label: SHARE} if label else {}
+                place = worker_resources(setting.sweep, cluster.gpus)
                 return train_on_ray(config, self.root, attempt.log_path, number, init_from, cluster, until, place)
             return train_here(config, self.root, attempt, init_from, setting.cpus, until)
 
@@ -214,9 +213,14 @@ def train_here(
                 raise JEMError(f"{type(error).__name__}: {error}") from error
 
 
-def over(record: RunRecord, steps: int) -> bool:
-    """Whether a trial is not worked on any more: it ended, and if it finished it did so with as many steps."""
+def over(record: RunRecord, steps: int, again: bool = False) -> bool:
+    """Whether a trial is not worked on any more: it ended, and if it finished it did so with as many steps.
+
+    `again`: one that failed is no end, as of a single run; a search goes on without it.
+    """
     if record.result is None or record.status in GOING_ON:
+        return False
+    if again and record.status not in ("finished", DivergedError.status):
         return False
     return record.status != "finished" or record.result["step"] >= steps
 

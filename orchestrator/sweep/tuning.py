@@ -160,7 +160,11 @@ def _tuner(stage: str, trials: Sequence[Trial], setting: Setting, fit: Fit, trai
     """One that goes on where there is one."""
     sweep, folder = setting.sweep, setting.root / "tune"
     path = str(Path(folder.path) / stage)
-    if tune.Tuner.can_restore(path, storage_filesystem=folder.fs):
+    # A driver that died between Tune's two files left one that Tune takes, and then forgets all trials.
+    begun = any(child.name.startswith("experiment_state-") for child in (folder / stage).children())
+    if not begun:
+        (folder / stage).remove()  # the trials themselves know how far they are
+    elif tune.Tuner.can_restore(path, storage_filesystem=folder.fs):
         return tune.Tuner.restore(
             path, trainable=trainable, storage_filesystem=folder.fs, resume_unfinished=True, restart_errored=True
         )

@@ -22,9 +22,11 @@ from jem.models import make_network
 from jem.predict import Predictor
 from jem.world import World
 from orchestrator import evaluation
+from orchestrator.evaluate_on import _check
 from orchestrator.evaluation import evaluate_model, report_of
 from orchestrator.final_model import write_model
 from orchestrator.opened import open_model
+from orchestrator.ray_cluster import Cluster
 from orchestrator.runs import RunRecord, read_record, write_config
 
 FAST = "evaluate.suite=fast"
@@ -153,6 +155,13 @@ def test_two_models_are_compared_on_the_same_images(runs):
     client = MlflowClient(f"sqlite:///{runs / 'mlflow.db'}")
     folder = f"evaluations/{Path(result.against).parent.name}"
     assert f"{folder}/against.json" in [file.path for file in client.list_artifacts(result.run_id, folder)]
+
+
+def test_an_evaluation_waits_for_what_an_autoscaler_brings_and_refuses_what_nobody_will(capsys):
+    _check(Cluster(False, 0, 0), 2, "auto")
+    assert "workers=2, the cluster has 0 CPUs at present: waiting for more" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="is 2, the cluster has 1 CPUs; lower it"):
+        _check(Cluster(True, 1, 0), 2, "auto")
 
 
 @pytest.mark.ray

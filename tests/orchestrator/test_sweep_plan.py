@@ -8,7 +8,7 @@ from jem.errors import ConfigError
 from orchestrator.plan import plan as plan_of_run
 from orchestrator.sweep.config import bundled_sweeps, load_sweep, trial_config
 from orchestrator.sweep.plan import examples, plan
-from orchestrator.sweep.resources import fit, machine
+from orchestrator.sweep.resources import SHARE, fit, machine, worker_resources
 
 
 def sweep(*arguments, name="digits_sgld"):
@@ -56,9 +56,22 @@ def test_as_many_trials_run_at_once_as_fit(cpus, gpus, memory, arguments, expect
 def test_of_a_cluster_concurrency_is_asked_for_and_an_autoscaler_brings_what_is_missing():
     found = fit(load_sweep("digits_sgld", ["concurrency=3", "resources.label=spot"]), 0, 0, 1, grows=True)
     assert found.at_once == 3
-    with pytest.raises(ConfigError, match="of which there are 0"):
+    with pytest.raises(ConfigError, match=r"of which there are 0; .*, or set concurrency=N: so many are asked for"):
         fit(load_sweep("digits_sgld", []), 0, 0, 1, grows=True)  # how many are wanted is not known
     assert problems(8, 0, 16, "resources.label=spot")[0].startswith("resources.label: is 'spot': machines of that kind")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "gpus", "each"),
+    [
+        ((), 0, {"CPU": 1.0}),
+        ((), 2, {"CPU": 1.0, "GPU": 1.0}),
+        (("resources.gpu=0",), 2, {"CPU": 1.0}),
+        (("resources.cpu=3", "resources.gpu=0.5", "resources.label=spot"), 2, {"CPU": 3, "GPU": 0.5, "spot": SHARE}),
+    ],
+)
+def test_ray_gives_a_worker_of_several_what_was_counted_for_it(arguments, gpus, each):
+    assert worker_resources(load_sweep("digits_sgld", ["workers=2", *arguments]), gpus) == each
 
 
 def test_a_trial_takes_what_all_its_workers_take():

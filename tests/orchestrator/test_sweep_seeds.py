@@ -229,19 +229,20 @@ def test_a_single_seed_that_finished_has_a_mean_and_no_interval(store, no_ray):
 
 
 @pytest.mark.parametrize(
-    ("ends", "status", "code"),
+    ("ends", "status", "code", "remedy"),
     [
-        ([WILD, WILD], "diverged", 4),
-        ([("failed", "RuntimeError"), WILD], "failed", 1),
-        ([("bad data", "no such file")] * 2, "bad data", 2),
+        ([WILD, WILD], "diverged", 4, "--fresh starts them anew"),
+        ([("failed", "RuntimeError"), WILD], "failed", 1, "the same command tries again what failed"),
+        ([("bad data", "no such file")] * 2, "bad data", 2, "the same command tries again what failed"),
     ],
 )
-def test_where_none_finished_the_status_is_that_of_the_failures(store, no_ray, ends, status, code):
+def test_where_none_finished_the_status_is_that_of_the_failures(store, monkeypatch, ends, status, code, remedy):
+    monkeypatch.setattr("orchestrator.sweep.fixed.FixedTrials.left", lambda _: [])  # all were tried, by this command
     made_seeds(Location.of("runs/five-seeds"), range(2), ends)
     result = run_seeds(config("seeds=2"))
     assert (result.status, result.exit_code, result.metrics) == (status, code, {})
     assert result.message.startswith("0 of 2 seeds finished; s0 ")
-    assert result.message.endswith("--fresh starts them anew")
+    assert result.message.endswith(remedy)
     assert store.status(result.run_id) == "FAILED"
 
 
@@ -299,6 +300,8 @@ def test_more_seeds_or_more_steps_later_and_the_seeds_that_did_not_end_are_what_
     assert (stopped.status, stopped.exit_code, stopped.run_id) == ("stopped", 143, three.run_id)
     assert stopped.message.startswith("here; 2 of 5 seeds finished")
     assert left_of(monkeypatch, "seeds=3", "steps=301")[1] == ["s0", "s1"], "a diverged seed stays one"
+    made_trial(root, "s1", {}, "failed", stage="seeds", number=1, candidate="base", seed=1, message="disk full")
+    assert left_of(monkeypatch, "seeds=3")[1] == ["s1"], "what failed is tried again"
     assert store.steps(three.run_id, "val/nll") == [600], "means are sent at the end alone"
 
 
@@ -324,6 +327,10 @@ def test_a_run_is_over_when_it_ended_and_has_all_steps_if_it_finished():
     assert over(record("diverged", 20), 300)
     assert not over(record("stopped", 20), 300)
     assert not over(RunRecord("s0", {}, "0" * 8, "running"), 300)
+    for status in ("failed", "bad data"):  # of several seeds the same command tries again, as of a single run
+        assert over(record(status, 20), 300)
+        assert not over(record(status, 20), 300, again=True)
+    assert over(record("diverged", 20), 300, again=True)
 
 
 def test_a_trial_that_goes_on_for_more_steps_is_open_in_mlflow_again(tmp_path):

@@ -25,6 +25,7 @@ from worker_runs import (
     prepared,
     state_of,
     steps_kept,
+    tiny,
     trace,
 )
 
@@ -36,7 +37,9 @@ from jem.data.sources import load
 from jem.files import Location
 from jem.world import World
 from orchestrator import control
+from orchestrator.attempt import Attempt
 from orchestrator.control import request_stop
+from orchestrator.runs import open_record
 
 KINDS = {
     "JEM with averaged and best weights": ("optimizer.ema_decay=0.9", "evaluate.final=best"),
@@ -179,6 +182,16 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path, damage
     assert fit(tmp_path, attempt=2)["status"] == "finished"
     assert log_of(tmp_path, "attempt")[-1]["step"] == 8
     assert state_of(tmp_path) == whole
+
+
+def test_a_run_whose_run_json_was_lost_goes_on_as_the_attempt_after_the_last_one(tmp_path):
+    fit(tmp_path, "steps=4", attempt=3)
+    settings, root = tiny("steps=8"), Location.of(tmp_path)
+    first = Attempt(settings, root, open_record(root, settings, fresh=False))
+    assert first.number == 4
+    first.begin()
+    assert fit(tmp_path, "steps=8", attempt=first.number)["status"] == "finished"
+    assert Attempt(settings, root, open_record(root, settings, fresh=False)).number == 5
 
 
 def test_without_any_good_checkpoint_the_run_does_not_start_anew_by_itself(tmp_path):

@@ -1,0 +1,35 @@
+"""Whether Ray Tune goes on with what it remembers of a stage, or begins it."""
+
+import pytest
+from made_sweeps import sweep_of
+from ray import tune
+
+from jem.files import Location
+from orchestrator.ray_cluster import Cluster
+from orchestrator.sweep.resources import Fit
+from orchestrator.sweep.trial import Setting, search_trial
+from orchestrator.sweep.tuning import _tuner
+
+
+@pytest.fixture
+def begin(tmp_path, monkeypatch):
+    sweep = sweep_of(tmp_path)
+    setting = Setting(sweep, Location.of(tmp_path) / "sweep", Cluster(True, 2, 0), 1)
+    trials = [search_trial(sweep, number, {}) for number in range(3)]
+    monkeypatch.setattr(tune.Tuner, "restore", lambda path, **_: f"goes on with {path}")
+    return lambda: _tuner("search", trials, setting, Fit(2, 1, 0, 1, ""), tune.Trainable)
+
+
+def test_a_stage_whose_driver_died_before_tune_remembered_a_trial_is_begun(begin, tmp_path):
+    assert isinstance(begin(), tune.Tuner)
+    folder = tmp_path / "sweep" / "tune" / "search"
+    assert [path.name for path in folder.glob("[!.]*")] == ["tuner.pkl"]
+    assert tune.Tuner.can_restore(str(folder)), "Ray would go on, with no trial"
+    assert isinstance(begin(), tune.Tuner)
+
+
+def test_a_stage_that_tune_remembers_goes_on(begin, tmp_path):
+    begin()
+    folder = tmp_path / "sweep" / "tune" / "search"
+    (folder / "experiment_state-2026-11-30_04-00-00.json").write_text("{}")
+    assert begin() == f"goes on with {folder}"

@@ -1,0 +1,114 @@
+"""The winner measured on test data, and what becomes of the sweep where that is interrupted or fails."""
+
+from contextlib import contextmanager
+
+import pytest
+from made_sweeps import made_finalist, made_trial, sweep_of
+
+from jem.errors import ConfigError, DataError
+from jem.files import Location
+from orchestrator.ray_cluster import Cluster
+from orchestrator.sweep import driver
+from orchestrator.sweep.driver import Search, run_sweep
+from orchestrator.sweep.session import Record, open_folder
+from orchestrator.sweep.table import read_trials
+
+TEXT = """
+base: digits
+budget: {trials: 2, steps: 20}
+finalists: 1
+seeds: 4
+space: {sgld.step_size: {uniform: [0.5, 1.0]}}
+"""
+MEASURED = {"status": "finished", "step": 20, "metrics": {"val/nll": 0.07, "test/nll": 0.08}}
+POINT = {"sgld.step_size": 0.75}
+
+
+class Killed(BaseException):
+    """What leaves the driver no time for anything."""
+
+
+@pytest.fixture
+def sweep(tmp_path):
+    return sweep_of(tmp_path, TEXT, f"storage_path={tmp_path}")
+
+
+@pytest.fixture
+def root(sweep, tmp_path, monkeypatch):
+    """A sweep that is trained; its winner, t001, is to be measured."""
+
+    @contextmanager
+    def no_ray(_cpus, _settings=None):
+        yield Cluster(True, 2, 0)
+
+    monkeypatch.setattr(driver, "ray_session", no_ray)
+    root = Location.of(tmp_path) / sweep.name
+    made_trial(root, "t000", metrics={"val/nll": 0.10})
+    made_trial(root, "t001", POINT, metrics={"val/nll": 0.07})
+    for seed in range(1, 5):
+        made_finalist(root, "base", seed, metrics={"val/nll": 0.10 + seed / 1000}, number=seed)
+        made_finalist(root, "t001", seed, POINT, metrics={"val/nll": 0.07 + seed / 2000}, number=seed)
+    return root
+
+
+def go_on(sweep, root, outcome, monkeypatch):
+    """The driver, once more: what `train_here` returns or raises is `outcome`."""
+
+    def train_here(*_):
+        if isinstance(outcome, BaseException):
+            raise outcome
+        return outcome
+
+    monkeypatch.setattr(driver, "train_here", train_here)
+    record = open_folder(root, Record(sweep.name, sweep.science, stages=["search", "finalists"]), fresh=False)
+    return Search(sweep, root.parent, root, record).run()
+
+
+def test_a_driver_that_dies_while_it_measures_the_winner_goes_on_with_the_same_winner(sweep, root, monkeypatch):
+    real = Search.close
+    monkeypatch.setattr(Search, "close", lambda *_: None)  # it was killed
+    go_on(sweep, root, Killed(), monkeypatch)
+    assert "running" in {row.status for row in read_trials(root)}
+    monkeypatch.setattr(Search, "close", real)
+    result = go_on(sweep, root, MEASURED, monkeypatch)
+    assert (result.status, result.best["candidate"], result.best["name"]) == ("finished", "t001", "f-t001-s1")
+    assert result.verdict.startswith("t001 beats the base")
+    assert result.metrics["test/nll"] == 0.08
+    assert result.trials == {"finished": 10}
+
+
+@pytest.mark.parametrize(
+    ("outcome", "status", "said"),
+    [
+        (DataError("svhn: cannot be had"), "bad data", "svhn: cannot be had"),
+        (RuntimeError("out of memory"), "failed", "RuntimeError: out of memory"),
+        (MEASURED | {"message": "trained to the end, but not evaluated: x"}, "failed", "but not evaluated: x"),
+    ],
+)
+def test_a_winner_that_could_not_be_measured_is_told_and_measured_again(
+    sweep, root, monkeypatch, outcome, status, said
+):
+    result = go_on(sweep, root, outcome, monkeypatch)
+    assert (result.status, result.best["candidate"]) == (status, "t001")
+    assert result.message.startswith("the winner, f-t001-s1: ")
+    assert said in result.message
+    assert result.trials == {"finished": 10}, "the trial is what it was"
+    result = go_on(sweep, root, MEASURED, monkeypatch)
+    assert (result.status, result.metrics["test/nll"]) == ("finished", 0.08)
+
+
+def test_a_sweep_that_has_finished_says_what_changes_nothing_any_more(sweep, root, monkeypatch, tmp_path, capsys):
+    first = go_on(sweep, root, MEASURED, monkeypatch)
+    again = run_sweep(sweep_of(tmp_path, TEXT, f"storage_path={tmp_path}"))
+    assert again == first
+    assert "changes nothing" not in capsys.readouterr().err
+    assert run_sweep(sweep_of(tmp_path, TEXT, f"storage_path={tmp_path}", "seeds=7")) == first
+    assert "seeds=7 changes nothing: tiny" in capsys.readouterr().err
+
+
+def test_sets_that_cannot_be_had_are_told_before_anything_is_trained(tmp_path):
+    (tmp_path / "full.yaml").write_text("base: digits\nevaluate: {suite: full}\n")
+    text = TEXT.replace("base: digits", f"base: {tmp_path}/full.yaml") + "settings: {evaluate.sets: [nothing]}\n"
+    with pytest.raises(ConfigError, match="nothing"):
+        run_sweep(sweep_of(tmp_path, text, f"storage_path={tmp_path}"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["full.yaml", "tiny.yaml"]
