@@ -9,7 +9,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from jem.config import DataConfig
+from jem.config import DATA_SOURCES, DataConfig
 from jem.errors import ConfigError, Problem
 
 SPLITS = ("train", "validation", "test")
@@ -121,10 +121,28 @@ def validation_count(n_train: int, size: int | None) -> int:
     return size if size is not None else max(1, min(5000, n_train // 10))
 
 
+READ_BY = {
+    "image_size": ("celeba", "imagefolder"),
+    "channels": ("imagefolder",),
+    "validation_size": tuple(name for name in DATA_SOURCES if name != "parquet"),
+}
+"""Settings that some sources do not read, and those that do; a function of the user's own may read any."""
+
+
 def check_options(config: DataConfig) -> None:
-    """Options that a source would ignore are a mistake."""
+    """Settings and options that a source would ignore are a mistake."""
     if ":" in config.name:
         return
+    usual = DataConfig()
+    ignored = [
+        Problem(
+            f"data.{key}",
+            f"is {getattr(config, key)}, which data.name={config.name} does not read: its images and splits are taken as "
+            "they are; leave it out, or write the data anew: python jobs/prepare.py",
+        )
+        for key, readers in READ_BY.items()
+        if config.name not in readers and getattr(config, key) != getattr(usual, key)
+    ]
     known = OPTIONS.get(config.name, ())
     allowed = f"it takes {', '.join(known)}" if known else "it takes none"
     problems = [
@@ -132,8 +150,8 @@ def check_options(config: DataConfig) -> None:
         for key in config.options
         if key not in known
     ]
-    if problems:
-        raise ConfigError(problems)
+    if ignored or problems:
+        raise ConfigError([*ignored, *problems])
 
 
 def _with_validation(sizes: dict[str, int], config: DataConfig) -> dict[str, int]:

@@ -224,7 +224,8 @@ def _same_images(given: str, name: str, data: DataConfig) -> str:
 def _config(name: str, data: DataConfig, side: int) -> DataConfig:
     """The set `name` from the model's data.root if that holds public sets and has it, else from the default one."""
     roots = [data.root, None] if data.name in SOURCES and data.name != "imagefolder" else [None]
-    found = [DataConfig(name=name, root=root, download=data.download, image_size=max(4, side)) for root in roots]
+    size = max(4, side) if name == "celeba" else DataConfig().image_size  # the others' images are as they are
+    found = [DataConfig(name=name, root=root, download=data.download, image_size=size) for root in roots]
     return next((config for config in found if name in PUBLIC and is_there(config)), found[0])
 
 

@@ -87,6 +87,20 @@ def test_describing_imports_no_torch(tmp_path):
     subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True)
 
 
+@pytest.mark.parametrize(
+    ("name", "changes", "key"),
+    [
+        ("fashion_mnist", {"image_size": 32}, "data.image_size: is 32, which data.name=fashion_mnist"),
+        ("cifar10", {"channels": 1}, "data.channels: is 1"),
+        ("celeba", {"channels": 1}, "data.channels: is 1"),
+        ("parquet", {"validation_size": 7, "root": "/data"}, "data.validation_size: is 7"),
+    ],
+)
+def test_settings_that_a_source_does_not_read_are_mistakes(name, changes, key):
+    with pytest.raises(ConfigError, match=f"^{key}.* does not read"):
+        describe(DataConfig(name=name, **changes))
+
+
 def test_an_option_that_nobody_reads_is_a_mistake():
     with pytest.raises(ConfigError, match=r"data.options.colour: data.name=digits has no such option"):
         load(DataConfig(name="digits", options={"colour": 1}))
