@@ -137,7 +137,7 @@ def check_options(config: DataConfig) -> None:
     ignored = [
         Problem(
             f"data.{key}",
-            f"is {getattr(config, key)}, which data.name={config.name} does not read: its images and splits are taken as "
+            f"is {getattr(config, key)}, which data.name={config.name} does not read: images and splits are taken as "
             "they are; leave it out, or write the data anew: python jobs/prepare.py",
         )
         for key, readers in READ_BY.items()
