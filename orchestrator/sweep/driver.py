@@ -12,15 +12,13 @@ import psutil
 from jem.evaluate.others import check_sets
 from jem.files import Location
 from jem.settings import digest
-from orchestrator.attempt import Attempt, failed
 from orchestrator.config import check_folder, load_run_config, shown
 from orchestrator.outbox import RUN_ID
 from orchestrator.published import workbench
 from orchestrator.ray_cluster import cores, ray_session, tell_of_gpus
 from orchestrator.registry import resolve_model
 from orchestrator.result import Result
-from orchestrator.runs import lock, read_record, storage_of, write_config
-from orchestrator.survey import log_of
+from orchestrator.runs import lock, read_record, storage_of
 from orchestrator.sweep import decide
 from orchestrator.sweep.axes import valid
 from orchestrator.sweep.config import OBJECTIVES, Sweep, to_yaml, trial_config
@@ -29,15 +27,18 @@ from orchestrator.sweep.drawing import base_value
 from orchestrator.sweep.ending import message_of, status_of
 from orchestrator.sweep.plots import draw_plots
 from orchestrator.sweep.population import evolve, stretches
-from orchestrator.sweep.resources import fit
+from orchestrator.sweep.resources import Fit, fit
 from orchestrator.sweep.session import Record, Session, open_folder, shortened
 from orchestrator.sweep.space import points
 from orchestrator.sweep.summary import summary
 from orchestrator.sweep.table import Row, counts, read_trials, write_tables
-from orchestrator.sweep.trial import CLOSING, TRIALS, Setting, Trial, search_trial, train_here
+from orchestrator.sweep.trial import CLOSING, TRIALS, Setting, Trial, search_trial
 from orchestrator.upload import newest_model
 
 GIB = 2**30
+WINNER = "winner"
+"""What Ray Tune calls the last stage: one trial, measured where trials run, which may be the only place with a GPU."""
+
 PICTURES = ("objectives.png", "importance.png", "parallel.png", "pareto.png", "progress.png")
 
 
@@ -116,9 +117,9 @@ class Search(Session[SweepResult]):
             ]
             if trials:
                 stage("finalists", trials, len(trials), 0)
-        rows = self._rows()
-        decision = decide.decide(rows, sweep)
-        return {"status": "finished", "decision": decision, **self._crown(rows, decision, setting)}
+            rows = self._rows()
+            decision = decide.decide(rows, sweep)
+            return {"status": "finished", "decision": decision, **self._crown(rows, decision, setting, fitting)}
 
     def _rows(self) -> list[Row]:
         """The trials; the winner has finished, also while it is measured, or where that was interrupted."""
@@ -137,41 +138,40 @@ class Search(Session[SweepResult]):
         first = base if config.scheduler.name == "pbt" else {}  # of which others get settings near it
         return [search_trial(self.sweep, number, point) for number, point in enumerate([first, *drawn])]
 
-    def _crown(self, rows: list[Row], decision: Decision, setting: Setting) -> dict[str, Any]:
+    def _crown(self, rows: list[Row], decision: Decision, setting: Setting, fitting: Fit) -> dict[str, Any]:
         """Measure the winner on test data, once, and register it: of its seeds, the best on validation."""
         objective = self.sweep.config.objective[0]
-        stage = decision.stage
-        own = [r for r in rows if r.candidate == decision.winner and r.stage == stage and r.status == "finished"]
+        stage = [r for r in rows if r.stage == decision.stage]
+        own = [r for r in stage if r.candidate == decision.winner and r.status == "finished"]
         if not own:
             came = {"status": "finished"}
             return {"status": status_of(came, rows, self.root), "message": message_of(came, rows, "no trial finished")}
         sign = 1 if OBJECTIVES[objective].mode == "max" else -1
         row = max(own, key=lambda r: sign * r.metrics[objective])
-        root, base = self.root / TRIALS / row.name, load_run_config(self.sweep.config.base, []).evaluate
-        measured: dict[str, Any] = {"evaluate.suite": base.suite, "evaluate.register": base.register}
-        place = {"name": row.name, "seed": row.seed, "storage_path": (self.root / TRIALS).uri}
-        config = trial_config(self.sweep, row.point, **place, **measured)
-        spec = self.trial_spec(row.name)
-        assert spec is not None
-        self.uploads.add(row.name, spec, log_of(root), workbench(root))
-        self.uploads.reopen(row.name)
-        self.record.winner = row.name
-        self.record.save(self.root)  # first: with this trial at work, what it has shown would not count
-        with lock(root):
-            record = read_record(root)
-            assert record is not None
-            trained = record.result
-            write_config(root, config)
-            attempt = Attempt(config, root, record)
-            attempt.begin()
-            try:
-                result = attempt.close(train_here(config, root, attempt, setting.init_from, cores()))
-            except Exception as error:
-                result = attempt.close(failed(error))
-            if result.status != "finished":  # the trial is what it was
-                record.status, record.result = "finished", trained
-                record.save(root)
-        self.uploads.close_trial(row.name, result.status, result.message)
+        folder, base = self.root / TRIALS / row.name, load_run_config(self.sweep.config.base, []).evaluate
+        measure = {"evaluate.suite": base.suite, "evaluate.register": base.register}
+        trial = Trial(row.name, row.stage, row.number, row.candidate, row.point, row.seed, measure=measure)
+        before = read_record(folder)
+        assert before is not None
+        if self.record.winner != row.name:
+            self.record.winner = row.name
+            self.record.save(self.root)  # first: with this trial at work, what it has shown would not count
+        if setting.cluster.private:  # nothing else is at work here
+            setting = replace(setting, cpus=max(setting.cpus, cores()))
+        (self.root / "tune" / WINNER).remove()
+        self.run_stage(WINNER, [trial], setting, fitting, len(stage), shown=row.stage)
+        record = read_record(folder)
+        assert record is not None
+        assert record.result is not None
+        result = Result(**record.result)
+        if len(record.attempts) == len(before.attempts):
+            result.status, result.message = (
+                "failed",
+                "its measurement could not begin; the log of Ray's worker says why",
+            )
+        if result.status != "finished":  # the trial is what it was
+            record.status, record.result = "finished", before.result
+            record.save(folder)
         found = {"winner": row, "metrics": result.metrics, "checkpoint": result.checkpoint, "step": result.step}
         if result.status != "finished" or result.message:  # the same command measures it again
             status = "failed" if result.status == "finished" else result.status

@@ -28,7 +28,7 @@ ASK_EVERY_S = 4.0
 """The same where each trial is some requests to an object store."""
 
 OVER = ("finished", "pruned", "diverged", "failed")
-WINNER_S = 15.0
+WINNER_S = 25.0
 """Kept for the end: the winner is measured, tables and pictures are made."""
 
 

@@ -169,12 +169,22 @@ class Session(ABC, Generic[R]):
             return self.close(outcome)
 
     def run_stage(
-        self, name: str, trials: Sequence[Trial], setting: Setting, fitting: Fit, n: int, reserve: int = 0
+        self,
+        name: str,
+        trials: Sequence[Trial],
+        setting: Setting,
+        fitting: Fit,
+        n: int,
+        reserve: int = 0,
+        shown: str | None = None,
     ) -> None:
-        """All trials of a stage, or what is left of them, on Ray Tune; see Overseer for `n` and `reserve`."""
+        """All trials of a stage, or what is left of them, on Ray Tune; see Overseer for `n` and `reserve`.
+
+        `shown`: the trials' own stage, where that is another one.
+        """
         from orchestrator.sweep.tuning import run_stage
 
-        with self.watching(name.partition("-")[0], n, fitting.at_once, reserve):
+        with self.watching(shown or name.partition("-")[0], n, fitting.at_once, reserve):
             close_lost(self.sweep, self.root, run_stage(name, trials, setting, fitting), trials)
 
     def watching(self, stage: str, n: int, at_once: int, reserve: int = 0) -> AbstractContextManager[None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -46,6 +47,7 @@ class Trial:
     point: dict[str, Any]
     seed: int
     until: int | None = None  # the step at which it waits to be compared; None: it trains to its end
+    measure: dict[str, Any] | None = None  # settings of an evaluation that is made now of what has finished
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,7 @@ class Work:
         try:
             self.result = self._work()
         except Exception as error:  # whatever it is, it is this trial's result and not the sweep's end
+            traceback.print_exception(error)
             self.result = Result(name=self.trial.name, status="failed", message=f"{type(error).__name__}: {error}")
 
     def _work(self) -> Result:
@@ -125,7 +128,7 @@ class Work:
             self._go_over()
             config = self._config()
             record = open_record(root, config, fresh=False)
-            if over(record, config.steps, self.trial.stage in FIXED):
+            if self.trial.measure is None and over(record, config.steps, self.trial.stage in FIXED):
                 assert record.result is not None
                 return Result(**record.result)
             write_trial(root, self.content, read_forks(root))
@@ -146,7 +149,7 @@ class Work:
     @property
     def content(self) -> dict[str, Any]:
         """Of trial.json, but for what the trial has gone on from."""
-        return {"sweep": self.setting.sweep.name, **asdict(self.trial)}
+        return {"sweep": self.setting.sweep.name, **asdict(replace(self.trial, measure=None))}
 
     def _go_over(self) -> None:
         """Do what is written down that the trial goes on from, which is also what tells its settings."""
@@ -173,7 +176,7 @@ class Work:
     def _config(self, point: dict[str, Any] | None = None) -> RunConfig:
         sweep, trial = self.setting.sweep, self.trial
         place = {"name": trial.name, "seed": trial.seed, "storage_path": (self.setting.root / TRIALS).uri}
-        return trial_config(sweep, trial.point if point is None else point, **place)
+        return trial_config(sweep, trial.point if point is None else point, **place, **(trial.measure or {}))
 
     def _train(self, config: RunConfig, attempt: Attempt) -> dict[str, Any]:
         setting, until = self.setting, self.trial.until

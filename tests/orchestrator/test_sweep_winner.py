@@ -7,25 +7,28 @@ from made_sweeps import made_finalist, made_trial, sweep_of
 
 from jem.errors import ConfigError, DataError
 from jem.files import Location
+from orchestrator.attempt import Attempt
 from orchestrator.ray_cluster import Cluster
+from orchestrator.result import Result
+from orchestrator.runs import read_record
 from orchestrator.sweep import driver
+from orchestrator.sweep.config import trial_config
 from orchestrator.sweep.driver import Search, run_sweep
 from orchestrator.sweep.session import Record, open_folder
 from orchestrator.sweep.table import read_trials
+from orchestrator.sweep.trial import Work
 
 TEXT = """
 base: digits
 budget: {trials: 2, steps: 20}
 finalists: 1
 seeds: 4
+settings: {workers: 1}
 space: {sgld.step_size: {uniform: [0.5, 1.0]}}
 """
 MEASURED = {"status": "finished", "step": 20, "metrics": {"val/nll": 0.07, "test/nll": 0.08}}
+KILLED = {"status": "killed"}
 POINT = {"sgld.step_size": 0.75}
-
-
-class Killed(BaseException):
-    """What leaves the driver no time for anything."""
 
 
 @pytest.fixture
@@ -41,35 +44,50 @@ def root(sweep, tmp_path, monkeypatch):
     def no_ray(_cpus, _settings=None):
         yield Cluster(True, 2, 0)
 
+    def here(_stage, trials, setting, _fitting):
+        """As Ray Tune has it, without its processes."""
+        for trial in trials:
+            work = Work(setting, trial)
+            while not work.next()["done"]:
+                pass
+        return {}
+
     monkeypatch.setattr(driver, "ray_session", no_ray)
+    monkeypatch.setattr("orchestrator.sweep.tuning.run_stage", here)
     root = Location.of(tmp_path) / sweep.name
     made_trial(root, "t000", metrics={"val/nll": 0.10})
     made_trial(root, "t001", POINT, metrics={"val/nll": 0.07})
     for seed in range(1, 5):
         made_finalist(root, "base", seed, metrics={"val/nll": 0.10 + seed / 1000}, number=seed)
         made_finalist(root, "t001", seed, POINT, metrics={"val/nll": 0.07 + seed / 2000}, number=seed)
+    folder = root / "trials" / "f-t001-s1"
+    record = read_record(folder)
+    record.science = trial_config(sweep, POINT, seed=1).science
+    record.save(folder)
     return root
 
 
 def go_on(sweep, root, outcome, monkeypatch):
     """The driver, once more: what `train_here` returns or raises is `outcome`."""
 
-    def train_here(*_):
-        if isinstance(outcome, BaseException):
+    def train_here(config, *_):
+        assert (config.evaluate.suite, config.evaluate.register) == ("fast", True), "as the recipe says"
+        if outcome is KILLED:
+            monkeypatch.setattr(Attempt, "close", lambda *_: Result())  # it closes nothing any more
+        elif isinstance(outcome, Exception):
             raise outcome
         return outcome
 
-    monkeypatch.setattr(driver, "train_here", train_here)
+    monkeypatch.setattr("orchestrator.sweep.trial.train_here", train_here)
     record = open_folder(root, Record(sweep.name, sweep.science, stages=["search", "finalists"]), fresh=False)
     return Search(sweep, root.parent, root, record).run()
 
 
 def test_a_driver_that_dies_while_it_measures_the_winner_goes_on_with_the_same_winner(sweep, root, monkeypatch):
-    real = Search.close
-    monkeypatch.setattr(Search, "close", lambda *_: None)  # it was killed
-    go_on(sweep, root, Killed(), monkeypatch)
+    with monkeypatch.context() as killed:
+        killed.setattr(Search, "close", lambda *_: None)
+        go_on(sweep, root, KILLED, killed)
     assert "running" in {row.status for row in read_trials(root)}
-    monkeypatch.setattr(Search, "close", real)
     result = go_on(sweep, root, MEASURED, monkeypatch)
     assert (result.status, result.best["candidate"], result.best["name"]) == ("finished", "t001", "f-t001-s1")
     assert result.verdict.startswith("t001 beats the base")
@@ -97,6 +115,13 @@ def test_a_winner_that_could_not_be_measured_is_told_and_measured_again(
     assert (result.status, result.metrics["test/nll"]) == ("finished", 0.08)
 
 
+def test_a_winner_whose_measurement_could_not_begin_is_no_success(sweep, root, monkeypatch):
+    made_finalist(root, "t001", 1, POINT, metrics={"val/nll": 0.07}, number=1)  # a run of another science
+    result = go_on(sweep, root, MEASURED, monkeypatch)
+    assert (result.status, result.best["candidate"]) == ("failed", "t001")
+    assert "could not begin" in result.message
+
+
 def test_a_sweep_that_has_finished_says_what_changes_nothing_any_more(sweep, root, monkeypatch, tmp_path, capsys):
     first = go_on(sweep, root, MEASURED, monkeypatch)
     again = run_sweep(sweep_of(tmp_path, TEXT, f"storage_path={tmp_path}"))
@@ -108,7 +133,7 @@ def test_a_sweep_that_has_finished_says_what_changes_nothing_any_more(sweep, roo
 
 def test_sets_that_cannot_be_had_are_told_before_anything_is_trained(tmp_path):
     (tmp_path / "full.yaml").write_text("base: digits\nevaluate: {suite: full}\n")
-    text = TEXT.replace("base: digits", f"base: {tmp_path}/full.yaml") + "settings: {evaluate.sets: [nothing]}\n"
+    text = TEXT.replace("base: digits", f"base: {tmp_path}/full.yaml").replace("workers: 1", "evaluate.sets: [nothing]")
     with pytest.raises(ConfigError, match="nothing"):
         run_sweep(sweep_of(tmp_path, text, f"storage_path={tmp_path}"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["full.yaml", "tiny.yaml"]
