@@ -55,11 +55,12 @@ try: install
 
 serve: MODEL ?= jem-fashion_mnist
 serve: install
-	PATH="$(abspath $(BIN)):$$PATH" MLFLOW_TRACKING_URI=sqlite:///$(CURDIR)/runs/mlflow.db \
+	PATH="$(abspath $(BIN)):$$PATH" MLFLOW_TRACKING_URI="$${MLFLOW_TRACKING_URI:-sqlite:///$(CURDIR)/runs/mlflow.db}" \
 		mlflow models serve -m models:/$(MODEL)@champion --env-manager local -p 5001
 
 ui: install
-	$(BIN)/mlflow ui --backend-store-uri sqlite:///$(CURDIR)/runs/mlflow.db --host 127.0.0.1 --port 5000
+	@case "$$MLFLOW_TRACKING_URI" in http*) echo "runs are on $$MLFLOW_TRACKING_URI (MLFLOW_TRACKING_URI): open that" >&2; exit 1;; esac
+	$(BIN)/mlflow ui --backend-store-uri "$${MLFLOW_TRACKING_URI:-sqlite:///$(CURDIR)/runs/mlflow.db}" --host 127.0.0.1 --port 5000
 
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest

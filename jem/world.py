@@ -53,18 +53,25 @@ class World:
         return told
 
     def together(self, function: Callable[[], T]) -> T:
-        """What `function` returns here; a JEMError that it raises on any rank is raised on every one.
+        """What `function` returns here; where it raises an error on any rank, every rank raises one.
 
-        Where a rank went its own way, the others would wait for it in their next collective.
+        A JEMError is the same on all of them, any other is a RuntimeError elsewhere. A rank that went its own way would
+        leave the others waiting in their next collective.
         """
-        value, error = None, None
+        value, error, told = None, None, None
         try:
             value = function()
-        except JEMError as raised:
+        except Exception as raised:
             error = raised
-        error = next((one for one in self.gather(error) if one is not None), None)
-        if error is not None:
+            told = raised if isinstance(raised, JEMError) else f"{type(raised).__name__}: {raised}"
+        gathered = [one for one in self.gather(told) if one is not None]
+        ours = next((one for one in gathered if isinstance(one, JEMError)), None)
+        if error is not None and (ours is None or not isinstance(error, JEMError)):
             raise error
+        if ours is not None:
+            raise ours
+        if gathered:
+            raise RuntimeError(f"on another rank: {gathered[0]}")
         return value  # type: ignore[return-value]
 
     def barrier(self) -> None:

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from orchestrator.config import RECIPES
-
-MODELS = RECIPES.with_name("models")
-CARD = "model.json"  # jem.predict.CARD, which would import torch
+from orchestrator.config import MODEL_CARD, MODELS
 
 
 def bundled_models() -> list[str]:
     """Their names."""
-    return sorted(card.parent.name for card in MODELS.glob(f"*/{CARD}"))
+    return sorted(card.parent.name for card in MODELS.glob(f"*/{MODEL_CARD}"))
 
 
 def place_of(source: str) -> str:

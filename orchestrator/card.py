@@ -134,6 +134,12 @@ def _use(report: dict[str, Any] | None, served: dict[str, Any] | None, links: di
         f"model = mlflow.pyfunc.load_model({links.get('model', 'models:/NAME@champion')!r})\n"
         f"answer = model.predict(images)  # {served['dtype']}, {values}, {served['layout']}: [{shape}]\n```"
     )
+    digest = served["digest"]
+    yield (
+        "MLflow looks where `mlflow.set_tracking_uri` or `MLFLOW_TRACKING_URI` says (of runs below `./runs` it is "
+        "`sqlite:///runs/mlflow.db`). The champion may be another model: this one is the version whose tag "
+        f"`jem.checkpoint` is `{digest[:12]}...`."
+    )
     yield "`predict` returns a DataFrame, a row an image:"
     yield _table(("column", "meaning"), [(f"`{name}`", meaning) for name, meaning in COLUMNS])
     yield (

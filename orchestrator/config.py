@@ -24,6 +24,8 @@ from jem.errors import ConfigError, JEMError, Problem
 from jem.settings import Entry, Settings, build, digest, flatten, group, override, setting
 
 RECIPES = Path(__file__).resolve().parents[1] / "jobs" / "recipes"
+MODELS, MODEL_CARD = RECIPES.with_name("models"), "model.json"
+"""Models that come with the project, and the file that each has: jem.predict.CARD, which would import torch."""
 
 ON_DISK = ("imagefolder", "parquet")
 """Data whose shape and size are known from their folder, which takes numpy and time to read."""
@@ -458,7 +460,9 @@ def anchored(key: str, entry: Entry) -> Entry:
     path = entry.raw or entry.value
     if key not in PATHS or not isinstance(path, str) or path in ("", "none", "None") or ":/" in path:
         return entry
-    path = os.path.abspath(os.path.expanduser(path))
+    bundled = MODELS / path  # a name goes wherever a model does
+    typed = Path(os.path.abspath(os.path.expanduser(path)))
+    path = str(bundled if key == "init_from" and not typed.exists() and (bundled / MODEL_CARD).exists() else typed)
     return Entry(path, entry.origin, path)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from jem import checkpoint
 from jem.errors import CheckpointError, DataError
 from jem.files import Location
+from jem.predict import PRIOR
 from jem.train import TrainState
 from jem.world import World
 
@@ -61,7 +62,8 @@ def read_state_dict(location: Location) -> dict[str, Tensor]:
         content = content.get(key, content) if isinstance(content, dict) else content
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
         raise DataError(f"init_from: {location.uri} is not a state_dict (a mapping from names to tensors)")
-    return {str(key).removeprefix("module."): value for key, value in content.items()}
+    named = {str(key).removeprefix("module."): value for key, value in content.items()}
+    return {key: value for key, value in named.items() if not key.startswith(PRIOR)}  # of a portable model
 
 
 def _same_chains(manifest: checkpoint.Manifest, state: TrainState) -> bool:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import logging
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import yaml
+
 from jem.evaluate.others import check_sets
 from jem.files import Location
 from orchestrator import events
 from orchestrator.attempt import Attempt, failed
-from orchestrator.config import RunConfig, check_folder, shown
+from orchestrator.config import RunConfig, check_folder, plain, shown
 from orchestrator.control import request_stop
 from orchestrator.facts import facts
 from orchestrator.mirror import Mirror
@@ -81,6 +84,7 @@ class Launch(Attempt):
     def read_out(self) -> Result:
         """The result of a finished run; what MLflow did not take at the time is sent now."""
         assert self.record.result is not None
+        self._tell_of_changes()
         result = Result(**self.record.result)
         sending = not self.record.mlflow.get("complete") and self.log_path.exists()
         if sending:
@@ -90,6 +94,20 @@ class Launch(Attempt):
         elif result.model is None:
             self._name_model(result)
         return result
+
+    def _tell_of_changes(self) -> None:
+        """What is no science, and comes too late for a run that has finished."""
+        try:
+            before = yaml.safe_load((self.root / "recipe.yaml").read())["evaluate"]
+        except (OSError, ValueError, LookupError, TypeError, yaml.YAMLError):
+            return
+        for key in ("register", "model_name", "champion", "input_layout", "input_dtype"):
+            now = plain(getattr(self.config.evaluate, key))
+            if now != before.get(key, now):
+                again = f"python jobs/register.py {self.root.uri} registers it again, --fresh trains it anew"
+                print(
+                    f"evaluate.{key}={now} changes nothing: {self.record.name} has finished; {again}", file=sys.stderr
+                )
 
     def run(self) -> Result:
         with StopSignals(self._last_word) as self.signals:

@@ -34,7 +34,10 @@ MEASURED = (
     *("evaluate.suite", "evaluate.sets", "evaluate.max_images", "evaluate.noise_std"),
     *("evaluate.attack.", "evaluate.generate."),
 )
-FREE = (*MEASURED, "data.root", "data.download", "device", "storage_path", "tracking.")
+REGISTERED = ("evaluate.model_name", "evaluate.champion")
+"""As which model a run's is registered: kept from the training."""
+
+FREE = (*MEASURED, *REGISTERED, "data.root", "data.download", "device", "storage_path", "tracking.")
 """Settings that may differ from those of the training: they say where and what is measured, not of which model."""
 
 RELEASED_RECIPE = "cifar10_paper"
@@ -152,6 +155,7 @@ def _of_mlflow(source: str, changes: Mapping[str, Entry]) -> Opened:
 
 def _of_folder(source: str, folder: Path, changes: Mapping[str, Entry], mlflow: Mapping[str, Any]) -> Opened:
     from jem.predict import read_card, read_prior, read_weights
+    from orchestrator.final_model import FOLDER
 
     card = read_card(folder)
     info = card.info
@@ -169,7 +173,7 @@ def _of_folder(source: str, folder: Path, changes: Mapping[str, Entry], mlflow: 
         checkpoint=info.get("checkpoint"),
         data_digest=info.get("data_digest"),
         facts=info.get("facts") or {},
-        run=Location.of(trained) if (trained / "run.json").exists() else None,
+        run=Location.of(trained) if (trained / FOLDER / card.digest[:12]).exists() else None,  # not after --fresh
         served=dataclasses.asdict(card),
         mlflow=mlflow,
         prior_tensors=lambda: read_prior(folder),
@@ -218,7 +222,8 @@ def _config(recorded: Mapping[str, Any], changes: Mapping[str, Entry], free: tup
         if not key.startswith(free)
     ]
     of_place = ("tracking.", "storage_path", "device", "workers", "name", "evaluate.")
-    entries = {k: v if isinstance(v, Entry) else Entry(v) for k, v in recorded.items() if not k.startswith(of_place)}
+    kept = {k: v for k, v in recorded.items() if not k.startswith(of_place) or k in REGISTERED}
+    entries = {k: v if isinstance(v, Entry) else Entry(v) for k, v in kept.items()}
     entries |= {"workers": Entry(1), "evaluate.suite": Entry("full"), **changes}
     if problems:
         raise ConfigError([*problems, *(p for p in mistakes(entries) if p.origin and p.key.startswith(free))])

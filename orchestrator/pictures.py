@@ -15,7 +15,7 @@ CELL = 48
 
 
 def grid_png(images: Tensor, columns: int) -> bytes:
-    """Images [n, c, h, w] on [-1, 1], row by row, as a PNG; c is 1 or 3."""
+    """Images [n, c, h, w] on [-1, 1], row by row, as a PNG: grey or in colour; of other channels their mean."""
     return png_bytes(grid(images, columns))
 
 
@@ -25,6 +25,8 @@ def grid(images: Tensor, columns: int) -> np.ndarray:
     Small images are enlarged with bicubic interpolation: a person reads an 8x8 digit better that way.
     """
     images = images.detach().float().cpu()
+    if images.shape[1] not in (1, 3):
+        images = images.mean(dim=1, keepdim=True)
     scale = -(-CELL // images.shape[-1])
     if scale > 1:
         images = F.interpolate(images, scale_factor=scale, mode="bicubic")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import json
-import sys
+import sysconfig
 import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -26,6 +26,9 @@ CHAMPION = "champion"
 CHECKPOINT_TAG, DATA_TAG, WHY_TAG, METRIC_TAG = "jem.checkpoint", "jem.data", "jem.champion", "jem.validation."
 """Of a version: the digests of its weights and data, why it is the champion or not, its validation figures."""
 
+TAKES_TAG = "jem.takes"
+"""Layout and dtype of the images that it takes; older versions are without."""
+
 REQUIREMENTS = ("mlflow", "torch", "numpy", "pandas", "safetensors", "jaxtyping")
 """What a served model imports: tested in tests/jem/test_predict.py and tests/orchestrator/test_pyfunc_model.py."""
 
@@ -38,7 +41,9 @@ def register(client: Any, run_id: str, folder: Path, item: Model, description: s
     card = read_card(folder)
     _registered_model(client, item.name)
     found = client.search_model_versions(f"name = '{item.name}' and tags.`{CHECKPOINT_TAG}` = '{card.digest}'")
-    version = min(found, key=lambda v: int(v.version), default=None)
+    takes = _tags(card)[TAKES_TAG]
+    same = [version for version in found if version.tags.get(TAKES_TAG, takes) == takes]
+    version = min(same, key=lambda v: int(v.version), default=None)
     if version is None:
         logged = _logged_model(client, run_id, folder, card, item)
         version = client.create_model_version(
@@ -72,7 +77,8 @@ def _registered_model(client: Any, name: str) -> None:
 
 def _tags(card: Card) -> dict[str, str]:
     figures = {f"{METRIC_TAG}{name}": repr(value) for name, value in card.info["validation"].items()}
-    return {CHECKPOINT_TAG: card.digest, DATA_TAG: card.info["data_digest"], **figures}
+    takes = {TAKES_TAG: f"{card.layout} {card.dtype}"}
+    return {CHECKPOINT_TAG: card.digest, DATA_TAG: card.info["data_digest"], **takes, **figures}
 
 
 def _logged_model(client: Any, run_id: str, folder: Path, card: Card, item: Model) -> Any:
@@ -144,9 +150,13 @@ def code_of(config: Mapping[str, Any]) -> Iterable[Path]:
     yield Path(jem.__file__).parent
     module, colon, _ = str(config["model.name"]).partition(":")
     spec = importlib.util.find_spec(module.partition(".")[0]) if colon else None
-    if spec is not None and spec.origin is not None and not spec.origin.startswith(sys.prefix):
-        path = Path(spec.origin)
-        yield path.parent if path.name == "__init__.py" else path
+    if spec is None:
+        return
+    places = list(spec.submodule_search_locations or [])  # of a package, which may have no __init__.py
+    path = Path(places[0] if places else str(spec.origin))
+    stdlib, others = sysconfig.get_path("stdlib"), {"site-packages", "dist-packages"}
+    if path.exists() and not path.is_relative_to(stdlib) and others.isdisjoint(path.parts):
+        yield path
 
 
 def requirements() -> list[str]:

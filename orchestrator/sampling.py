@@ -182,6 +182,8 @@ def classes_of(place: str, opened: Opened) -> tuple[str, ...]:
     from jem.files import Location
     from jem.predict import CARD, read_card
 
+    if opened.served is not None:
+        return tuple(opened.served["classes"])
     if (Path(place) / CARD).exists():
         return read_card(Path(place)).classes
     if opened.checkpoint is not None:

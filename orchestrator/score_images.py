@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from jem.data.upright import orientation, upright
 from jem.errors import DataError
 
 Place = Callable[[int], str]
@@ -109,10 +110,12 @@ def _decoded(encoded: bytes | None, shape: tuple[int, int, int]) -> np.ndarray:
         raise ValueError("has no image bytes (a file's path alone cannot be scored)")
     try:
         with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
-            if image.size != (shape[2], shape[1]) or image.mode != MODES.get(shape[0]):
+            across = (shape[2], shape[1])
+            turned = orientation(image) >= 5  # a quarter, in either direction
+            if image.size != (across[::-1] if turned else across) or image.mode != MODES.get(shape[0]):
                 found = f"a {image.format} of {image.width} x {image.height} pixels, mode {image.mode}"
                 raise ValueError(f"holds {found}")  # before it is decoded: a small file can claim to be huge
-            array = np.asarray(image)
+            array = np.asarray(upright(image))  # as training data are read
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"its bytes are no readable image ({error})") from error
     return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)

@@ -59,8 +59,7 @@ def portable_folder(source: str, tracking_uri: str | None, into: Path, storage: 
     models:/NAME@ALIAS, models:/NAME/VERSION, runs:/ID.
     Raises ConfigError or DataError for one that is none of these.
     """
-    from jem.predict import CARD, WEIGHTS
-    from orchestrator.final_model import EXAMPLES
+    from jem.predict import CARD
     from orchestrator.registry import SCHEMES, model_folder
 
     if source.startswith(SCHEMES):
@@ -74,12 +73,15 @@ def portable_folder(source: str, tracking_uri: str | None, into: Path, storage: 
         raise ConfigError([Problem("MODEL", f"{location.uri} {what}; give {names}")])
     if found.is_local:
         return found.local
+    target = into / found.name  # the same name each time, by which MLflow knows what it has
     try:
-        for name in (WEIGHTS, CARD, *([EXAMPLES] if (found / EXAMPLES).exists() else [])):
-            (into / name).write_bytes((found / name).read())
+        target.mkdir()
+        for file in found.children():
+            if not file.is_dir():
+                (target / file.name).write_bytes(file.read())
     except OSError as error:
         raise DataError(f"{found.uri}: cannot be read: {error}") from error
-    return into
+    return target
 
 
 def _final_models(run: Location) -> list[Location]:

@@ -357,16 +357,17 @@ class Training:
         compute = compute_here(
             network, config, config.evaluate, self.world, self.like, lambda *_: self.watchdog.touch()
         )
-        buffer = None
-        if config.evaluate.complete and self.saved is not None:
-            buffer = checkpoint.chains_of(checkpoint.read_manifest(self.saved), config)
         try:
+            buffer = None
+            if config.evaluate.complete and self.saved is not None:
+                buffer = checkpoint.chains_of(checkpoint.read_manifest(self.saved), config)
             self.evaluated, _ = evaluate(network, self.data, config, config.evaluate, compute, buffer, self.world)
         except DivergedError:
             raise
-        except JEMError as error:
+        except Exception as error:  # whatever it is, the run has been trained
+            log.exception("the evaluation of %s failed", self.job.root.uri)
             again = f"python jobs/evaluate.py {self.job.root.uri}"
-            told = f"trained to the end, but not evaluated: {error}; {again}"
+            told = f"trained to the end, but not evaluated: {_said(error)}; {again}"
             self.event("note", text=told)
             return told
         self.log_metrics(self.evaluated["metrics"])
@@ -465,3 +466,9 @@ class Training:
 def _better(one: dict[str, Any], other: dict[str, Any]) -> bool:
     """Higher validation accuracy, or the same and a lower NLL."""
     return (one["accuracy"], -one["nll"]) > (other["accuracy"], -other["nll"])
+
+
+def _said(error: Exception) -> str:
+    if isinstance(error, JEMError):
+        return str(error)
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no reason is known'])[0]}"

@@ -84,7 +84,7 @@ OPTIONS = {"celeba": ("attribute",)}
 
 def describe(config: DataConfig) -> DataSpec:
     """What `load(config)` would give, from tables, a manifest or folder names; nothing is read or downloaded."""
-    check_options(config)
+    check_settings(config)
     name = config.name
     if name in EMBEDDED:
         shape, sizes, where = EMBEDDED[name]
@@ -129,8 +129,12 @@ READ_BY = {
 """Settings that some sources do not read, and those that do; a function of the user's own may read any."""
 
 
-def check_options(config: DataConfig) -> None:
-    """Settings and options that a source would ignore are a mistake."""
+def check_settings(config: DataConfig) -> None:
+    """Settings and options that a source would ignore are a mistake.
+
+    Of data that are loaded options alone are: older runs may have such settings.
+    """
+    check_options(config)
     if ":" in config.name:
         return
     usual = DataConfig()
@@ -143,6 +147,14 @@ def check_options(config: DataConfig) -> None:
         for key, readers in READ_BY.items()
         if config.name not in readers and getattr(config, key) != getattr(usual, key)
     ]
+    if ignored:
+        raise ConfigError(ignored)
+
+
+def check_options(config: DataConfig) -> None:
+    """Options that a source would ignore are a mistake."""
+    if ":" in config.name:
+        return
     known = OPTIONS.get(config.name, ())
     allowed = f"it takes {', '.join(known)}" if known else "it takes none"
     problems = [
@@ -150,8 +162,8 @@ def check_options(config: DataConfig) -> None:
         for key in config.options
         if key not in known
     ]
-    if ignored or problems:
-        raise ConfigError([*ignored, *problems])
+    if problems:
+        raise ConfigError(problems)
 
 
 def _with_validation(sizes: dict[str, int], config: DataConfig) -> dict[str, int]:

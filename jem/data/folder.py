@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from jem.config import DataConfig
 from jem.data.catalog import root_of, validation_count
+from jem.data.upright import upright
 from jem.errors import DataError
 
 if TYPE_CHECKING:
@@ -78,14 +79,14 @@ def decode(files: Sequence[Path], size: int, channels: int) -> Tensor:
     """
     import numpy as np
     import torch
-    from PIL import Image, ImageOps
+    from PIL import Image
 
     images = torch.empty(len(files), channels, size, size, dtype=torch.uint8)
     for row, path in enumerate(files):
         try:
             with Image.open(path) as opened:
                 mode = opened.mode
-                image = ImageOps.exif_transpose(opened).convert("RGB" if channels == 3 else "L")
+                image = upright(opened).convert("RGB" if channels == 3 else "L")
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise DataError(f"{path}: is not a readable image: {error}; replace or delete the file") from error
         if mode == "F" or mode.startswith("I"):

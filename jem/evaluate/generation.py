@@ -6,7 +6,8 @@ functions of one batch of chains or samples, so that any number of workers can s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -205,10 +206,22 @@ def log_marks(length: int, times: Sequence[int] = (1, 10, 100), per_decade: Sequ
     return sorted({0, *lengths} | {step for step in steps if step <= longest})
 
 
+@contextmanager
+def _whole_float32() -> Iterator[None]:
+    """Convolutions of float32 without TF32's rounding to 10 bits, which is PyTorch's default on a GPU."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
 def _look(energy: EnergyFn, exact: EnergyFn, x: Tensor, sgld: SGLDConfig, probe: torch.Generator) -> dict[str, Tensor]:
     value, gradient = differentiate(energy, x)
     own = sgld.noise_scale**2 / (2 * sgld.step_size)
-    taken_own, taken_one = acceptance(exact, x, (own, 1.0), sgld, probe)
+    with _whole_float32():
+        taken_own, taken_one = acceptance(exact, x, (own, 1.0), sgld, probe)
     if sgld.normalize_gradient:  # steps that do not get shorter where it is flat have no temperature of their own
         taken_own = torch.full_like(taken_own, float("nan"))
     saturated = (x.abs() >= (sgld.clamp or WIDE)).flatten(1).double().mean(dim=1)

@@ -19,6 +19,7 @@ from orchestrator.ray_cluster import cores, ray_session, tell_of_gpus
 from orchestrator.registry import resolve_model
 from orchestrator.result import Result
 from orchestrator.runs import lock, read_record, storage_of
+from orchestrator.survey import log_of
 from orchestrator.sweep import decide
 from orchestrator.sweep.axes import valid
 from orchestrator.sweep.config import OBJECTIVES, Sweep, to_yaml, trial_config
@@ -123,8 +124,13 @@ class Search(Session[SweepResult]):
 
     def _rows(self) -> list[Row]:
         """The trials; the winner has finished, also while it is measured, or where that was interrupted."""
-        rows = read_trials(self.root)
-        return [replace(row, status="finished") if row.name == self.record.winner else row for row in rows]
+        return [self._whole(row) if row.name == self.record.winner else row for row in read_trials(self.root)]
+
+    def _whole(self, row: Row) -> Row:
+        """Its result is that of the training until the measurement has one; its log may be on another machine."""
+        record = read_record(self.root / TRIALS / row.name)
+        known = (record.result or {}).get("metrics", {}) if record else {}
+        return replace(row, status="finished", reason="", metrics={**known, **row.metrics})
 
     def _candidates(self) -> list[Trial]:
         """All trials of the search where they do not depend on each other; none where they are suggested."""
@@ -169,6 +175,11 @@ class Search(Session[SweepResult]):
                 "failed",
                 "its measurement could not begin; the log of Ray's worker says why",
             )
+        spec = self.trial_spec(row.name)
+        assert spec is not None
+        self.uploads.add(row.name, spec, log_of(folder), workbench(folder), folder)
+        self.uploads.reopen(row.name)  # whatever the overseer saw of it
+        self.uploads.close_trial(row.name, result.status, result.message)
         if result.status != "finished":  # the trial is what it was
             record.status, record.result = "finished", before.result
             record.save(folder)

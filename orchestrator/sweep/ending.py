@@ -40,14 +40,17 @@ def status_of(outcome: Mapping[str, Any], rows: Sequence[Row], root: Location) -
 def message_of(outcome: Mapping[str, Any], rows: Sequence[Row], told: str) -> str:
     """What is wrong, if anything: with the attempt, or with single trials."""
     ended = [
-        f"{row.name} {row.status}: {_first_line(row.reason)}" for row in rows if row.status in ("diverged", "failed")
+        f"{row.name} {row.status}: {_first_line(row.reason)}"
+        for row in rows
+        if row.status in ("diverged", "failed") or (row.status == "finished" and row.reason)
     ]
     if outcome["status"] != "finished":
         return "; ".join(filter(None, [str(outcome.get("message", "")), f"{told} ({counts_text(rows)})"]))
     if not ended:
         return ""
     more = [f"and {len(ended) - SHOWN} more"] if len(ended) > SHOWN else []
-    if any(row.status == "failed" and row.stage in FIXED for row in rows):
+    again = [row for row in rows if row.status == "failed" or (row.status == "finished" and row.reason)]
+    if any(row.stage in FIXED for row in again):
         alone = ["the same command tries again what failed"]
     else:
         alone = [] if any(row.status == "finished" for row in rows) else ["--fresh starts them anew"]

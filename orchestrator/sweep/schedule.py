@@ -114,5 +114,8 @@ def _gpus(config: SweepConfig, run: RunConfig) -> Iterator[Problem]:
     gpu = config.resources.gpu
     if gpu == 0 and run.device == "cuda":
         yield Problem("resources.gpu", "is 0, but device=cuda; leave it out, or set device=cpu")
+    if gpu and gpu % 1 and run.max_workers > 1:
+        message = f"is {gpu:g} with workers={run.workers}: two workers of a trial would share a GPU, which NCCL refuses"
+        yield Problem("resources.gpu", f"{message}; set workers=1, or whole GPUs")
     if gpu and run.device == "cpu":
         yield Problem("resources.gpu", f"is {gpu:g}, but device=cpu; leave it out, or set device=cuda")

@@ -48,8 +48,8 @@ BESIDE = ("name", "stage", "number", "candidate", "seed", "status", "reason", "s
 class Row:
     """A trial. `point` is what was drawn for it, `metrics` the newest finite value of each.
 
-    `reason`: why it did not finish. `seconds`: worked on, over all attempts; `started` and `ended`: since the epoch,
-    0 where that is not known.
+    `reason`: why it did not finish, or was not evaluated. `seconds`: worked on, over all attempts; `started` and
+    `ended`: since the epoch, 0 where that is not known.
     """
 
     name: str
@@ -255,7 +255,7 @@ def _with_record(row: Row, record: RunRecord, folder: Location) -> Row:
     message = str(result.get("message") or "")
     changes: dict[str, Any] = {
         "status": status,
-        "reason": "" if status == "finished" else ": ".join(text for text in (reason, message) if text),
+        "reason": ": ".join(text for text in (reason, message) if text),
         "step": max([int(result.get("step") or 0), *steps]),
         "metrics": {k: float(x) for k, x in metrics.items() if isinstance(x, int | float) and math.isfinite(x)},
         "run_id": record.mlflow.get("run_id"),

@@ -219,11 +219,12 @@ def train_here(
 def over(record: RunRecord, steps: int, again: bool = False) -> bool:
     """Whether a trial is not worked on any more: it ended, and if it finished it did so with as many steps.
 
-    `again`: one that failed is no end, as of a single run; a search goes on without it.
+    `again`: one that failed, or was not evaluated, is no end, as of a single run; a search goes on without it.
     """
     if record.result is None or record.status in GOING_ON:
         return False
-    if again and record.status not in ("finished", DivergedError.status):
+    unmeasured = record.status == "finished" and record.result.get("message")  # trained, and its evaluation failed
+    if again and (unmeasured or record.status not in ("finished", DivergedError.status)):
         return False
     return record.status != "finished" or record.result["step"] >= steps
 

@@ -200,6 +200,15 @@ def spoilt_evaluation(world):
         over_batches(function, images, EvaluateConfig(), world, torch.zeros(()), "spoilt")
     told.append(str(raised.value))
 
+    def other(x):
+        if x.flatten()[0] == 1:
+            raise ValueError("singular")
+        return x.flatten(1)
+
+    with pytest.raises((ValueError, RuntimeError)) as raised:
+        over_batches(other, images, EvaluateConfig(), world, torch.zeros(()), "spoilt")
+    told.append(f"{type(raised.value).__name__}: {raised.value}")
+
     def prepared(*_):
         return Subjects({}, {}, [Pass("test", "logits"), *[Pass("textures", "logits")] * (world.rank == 0)], {})
 
@@ -234,8 +243,9 @@ def ranks(tmp_path_factory):
 
 @pytest.mark.parametrize("size", SIZES)
 def test_what_one_rank_cannot_evaluate_ends_all_of_them_with_the_reason(ranks, size):
-    for rank in ranks[size]:
-        broken, unequal = rank["spoilt"]
+    for number, rank in enumerate(ranks[size]):
+        broken, odd, unequal = rank["spoilt"]
+        assert odd == ("ValueError: singular" if number == 1 else "RuntimeError: on another rank: ValueError: singular")
         assert broken == "the gradient is not finite"
         assert unequal.startswith("evaluate.sets: not all workers' machines have textures: bring it to all")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from jem import checkpoint
 from jem.errors import CheckpointError, DataError
 from jem.models import make_network
 from jem.world import World
+from orchestrator.config import load_run_config
+from orchestrator.final_model import write_model
 
 
 @pytest.fixture
@@ -89,6 +92,22 @@ def test_a_plain_classifiers_tensors_are_taken(tmp_path, classifier, form):
     training = prepared(tmp_path / "new", "optimizer.ema_decay=0.9", init_from=str(tmp_path / name))
     assert equal(weights(training), classifier)
     assert equal(training.state.average.state_dict(), classifier)
+
+
+def test_a_portable_model_with_a_prior_of_its_own_gives_its_weights(tmp_path):
+    outcome = fit(tmp_path / "old", "replay.prior=gaussian", "evaluate.register=true")
+    config = tiny("replay.prior=gaussian", "evaluate.register=true")
+    model = write_model(tmp_path / "old", config, outcome, {"name": "tiny"})
+    training = prepared(tmp_path / "new", "replay.prior=gaussian", init_from=str(tmp_path / "old" / model["path"]))
+    assert equal(weights(training), newest(tmp_path / "old").tensors("model.safetensors"))
+
+
+def test_the_name_of_a_bundled_model_goes_where_a_model_does(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = load_run_config("fashion_mnist", ["init_from=fashion_mnist"]).init_from
+    assert (Path(found) / "model.safetensors").exists()
+    Path("fashion_mnist").mkdir()
+    assert load_run_config("fashion_mnist", ["init_from=fashion_mnist"]).init_from == f"{tmp_path}/fashion_mnist"
 
 
 def test_a_run_that_goes_on_does_not_start_from_it_again(tmp_path, classifier):

@@ -37,6 +37,14 @@ def test_values_beyond_the_scale_are_cut_and_not_wrapped_round():
     assert (cell(sheet, 0, 1) == 255).all()
 
 
+@pytest.mark.parametrize("channels", [2, 4, 7])
+def test_images_of_other_channels_are_shown_as_their_mean(channels):
+    images = torch.linspace(-1, 1, channels)[None, :, None, None].expand(1, channels, CELL, CELL)
+    shown = grid(images, 1)
+    assert shown.shape == (CELL, CELL, 3)
+    assert set(shown.flatten().tolist()) <= {127, 128}
+
+
 def test_colours_stay_in_their_channels():
     image = flat(-1, channels=3)
     image[0, 1] = 1

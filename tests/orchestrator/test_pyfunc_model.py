@@ -83,7 +83,7 @@ def test_it_answers_the_same_bits_where_nothing_of_this_project_is_installed(mod
 def test_nothing_in_it_is_pickled(model):
     files = [path for path in model[1].rglob("*") if path.is_file() and path.parent.name != "__pycache__"]
     kinds = {path.suffix for path in files}
-    assert kinds <= {"", ".py", ".yaml", ".json", ".txt", ".safetensors", ".npy"}
+    assert kinds <= {"", ".py", ".typed", ".yaml", ".json", ".txt", ".safetensors", ".npy"}
     (numpy,) = model[1].rglob("*.npy")
     np.load(numpy, allow_pickle=False)
 
@@ -133,9 +133,13 @@ def test_a_network_of_the_users_own_goes_along(tmp_path, monkeypatch):
     (tmp_path / "my_nets").mkdir()
     (tmp_path / "my_nets" / "__init__.py").touch()
     (tmp_path / "my_single.py").touch()
+    (tmp_path / "my_loose").mkdir()
+    (tmp_path / "my_loose" / "net.py").touch()
     monkeypatch.syspath_prepend(tmp_path)
     assert list(code_of({"model.name": "my_nets.small:net"})) == [ROOT / "jem", tmp_path / "my_nets"]
     assert list(code_of({"model.name": "my_single:net"})) == [ROOT / "jem", tmp_path / "my_single.py"]
+    loose = list(code_of({"model.name": "my_loose.net:net"}))
+    assert loose == [ROOT / "jem", tmp_path / "my_loose"], "a package without __init__.py is one"
     assert list(code_of({"model.name": "small_conv"})) == [ROOT / "jem"]
     assert list(code_of({"model.name": "torch.nn:Linear"})) == [ROOT / "jem"]
 

@@ -195,6 +195,16 @@ def test_wherever_it_breaks_off_the_next_call_ends_with_one_version_one_model_an
     assert broken >= 7
 
 
+def test_the_same_weights_that_take_other_images_are_another_version(store, tmp_path):
+    client, run_id = store
+    made = []
+    for folder, layout in (("a", "NHWC"), ("b", "NCHW"), ("c", "NHWC")):
+        card = portable(tmp_path / folder, seed=99, layout=layout)
+        item = Model(folder, 7, "toys", "nll", card.digest, ())
+        made.append(register(client, run_id, tmp_path / folder, item).model)
+    assert made == ["models:/toys/1", "models:/toys/2", "models:/toys/1"]
+
+
 def test_a_folder_that_holds_no_model_is_said_to(store, tmp_path):
     client, run_id = store
     with pytest.raises(DataError, match="holds no model"):

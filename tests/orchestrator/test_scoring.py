@@ -173,6 +173,15 @@ def test_every_encoding_gives_the_same_pixels_also_of_a_slice(name):
     np.testing.assert_array_equal(to_pixels(column.slice(2, 3), SHAPE, str), images[2:5])
 
 
+def test_a_photograph_is_scored_as_its_camera_meant_it():
+    image = pictures(1)[0]
+    exif = Image.Exif()
+    exif[0x0112] = 6  # it lies on its side: to be turned by a quarter
+    buffer = io.BytesIO()
+    Image.fromarray(np.rot90(image.transpose(1, 2, 0), 1).copy()).save(buffer, "PNG", exif=exif)
+    np.testing.assert_array_equal(to_pixels(pa.array([buffer.getvalue()]), SHAPE, str)[0], image)
+
+
 def test_one_channel_may_be_left_out_of_lists_and_grey_pngs_are_read():
     images = pictures(3, (1, 4, 6))
     for column in (pa.array(images[:, 0].tolist()), pa.array([png(image) for image in images])):

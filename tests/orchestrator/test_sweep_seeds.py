@@ -246,6 +246,18 @@ def test_where_none_finished_the_status_is_that_of_the_failures(store, monkeypat
     assert store.status(result.run_id) == "FAILED"
 
 
+def test_a_seed_that_was_not_evaluated_is_told_and_evaluated_again(store, monkeypatch):
+    root = Location.of("runs/five-seeds")
+    made_seeds(root, range(5))
+    made_trial(root, "s1", {}, stage="seeds", number=1, candidate="base", seed=1, message="trained, but: no svhn")
+    with monkeypatch.context() as tried:
+        tried.setattr("orchestrator.sweep.fixed.FixedTrials.left", lambda _: [])
+        result = run_seeds(config())
+    assert result.message.startswith("5 of 5 seeds finished; s1 finished: trained, but: no svhn")
+    assert result.message.endswith("the same command tries again what failed")
+    assert left_of(monkeypatch)[1] == ["s1"]
+
+
 def test_what_is_finished_is_read_out_and_what_mlflow_has_not_got_is_sent(store, no_ray, monkeypatch):
     root = Location.of("runs/five-seeds")
     made_seeds(root, range(5))
@@ -331,6 +343,9 @@ def test_a_run_is_over_when_it_ended_and_has_all_steps_if_it_finished():
         assert over(record(status, 20), 300)
         assert not over(record(status, 20), 300, again=True)
     assert over(record("diverged", 20), 300, again=True)
+    unmeasured = RunRecord("s0", {}, "0" * 8, "finished", result={"step": 300, "message": "not evaluated: gone"})
+    assert over(unmeasured, 300)
+    assert not over(unmeasured, 300, again=True)
 
 
 def test_a_trial_that_goes_on_for_more_steps_is_open_in_mlflow_again(tmp_path):

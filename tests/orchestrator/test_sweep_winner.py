@@ -83,11 +83,16 @@ def go_on(sweep, root, outcome, monkeypatch):
     return Search(sweep, root.parent, root, record).run()
 
 
-def test_a_driver_that_dies_while_it_measures_the_winner_goes_on_with_the_same_winner(sweep, root, monkeypatch):
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_a_driver_that_dies_while_it_measures_the_winner_goes_on_with_the_same_winner(
+    sweep, root, monkeypatch, elsewhere
+):
     with monkeypatch.context() as killed:
         killed.setattr(Search, "close", lambda *_: None)
         go_on(sweep, root, KILLED, killed)
     assert "running" in {row.status for row in read_trials(root)}
+    if elsewhere:  # another machine, which has no copy of the log
+        (root / "trials" / "f-t001-s1" / "events.jsonl").remove()
     result = go_on(sweep, root, MEASURED, monkeypatch)
     assert (result.status, result.best["candidate"], result.best["name"]) == ("finished", "t001", "f-t001-s1")
     assert result.verdict.startswith("t001 beats the base")

@@ -335,6 +335,16 @@ def test_an_evaluation_that_cannot_be_made_leaves_a_finished_run_with_its_model(
     assert [event["text"] for event in log_of(tmp_path, "note")] == [outcome["message"]]
 
 
+def test_whatever_ends_an_evaluation_the_run_has_been_trained(tmp_path, monkeypatch):
+    def broken(*_):
+        raise MemoryError("too many images\nand a long story")
+
+    monkeypatch.setattr("orchestrator.training.evaluate", broken)
+    outcome = fit(tmp_path, "steps=4", "evaluate.suite=fast", "evaluate.register=true")
+    assert (outcome["status"], outcome["calibrated"] is None) == ("finished", False)
+    assert "not evaluated: MemoryError: too many images; python jobs/evaluate.py" in outcome["message"]
+
+
 def test_a_run_whose_every_update_is_not_finite_ends_diverged_and_leaves_good_checkpoints(tmp_path):
     settings = (HOOKED, "recovery.every=3", "recovery.max=0", "recovery.healthy_steps=0")
     outcome = fit(tmp_path, *settings, hooks={6: poison})

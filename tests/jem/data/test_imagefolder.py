@@ -2,10 +2,11 @@ import image_fakes as fakes
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from jem.config import DataConfig
 from jem.data.sources import describe, load
+from jem.data.upright import orientation, upright
 from jem.errors import DataError
 
 
@@ -76,11 +77,35 @@ def test_a_photograph_stands_as_its_camera_says(tmp_path):
     fakes.folder(tmp_path, {"train/a": 3, "train/b": 3, "test/a": 1, "test/b": 1})
     picture = Image.new("L", (4, 4), 0)
     picture.paste(255, (0, 0, 4, 2))  # light above
-    turned = Image.Exif()
-    turned[0x0112] = 3  # upside down
-    picture.save(tmp_path / "test" / "a" / "000.png", exif=turned)
-    image = load(config(tmp_path, image_size=4, channels=1), ("test",)).test.images[0, 0]
-    assert image[:, 0].tolist() == [0, 0, 255, 255]
+    for tag, sides in (
+        (3, [0, 0, 255, 255]),
+        (1, [255, 255, 0, 0]),
+        (99, [255, 255, 0, 0]),
+    ):
+        turned = Image.Exif()
+        turned[0x0112] = tag  # 3: upside down
+        picture.save(tmp_path / "test" / "a" / "000.png", exif=turned)
+        image = load(config(tmp_path, image_size=4, channels=1), ("test",)).test.images[0, 0]
+        assert image[:, 0].tolist() == sides
+        assert (image == image[:, :1]).all()
+
+
+@pytest.mark.parametrize("tag", range(1, 9))
+def test_every_orientation_is_that_of_pillow(tag):
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 5, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels)
+    image.getexif()[0x0112] = tag
+    np.testing.assert_array_equal(np.asarray(upright(image)), np.asarray(ImageOps.exif_transpose(image)))
+    assert orientation(image) == tag
+
+
+@pytest.mark.parametrize("exif", [b"Exif\x00\x00not a TIFF header", b"Exif\x00\x00II*\x00\x08\x00\x00\x00\x01\x00\x12"])
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+def test_a_photograph_whose_exif_is_damaged_is_read_as_it_is(tmp_path, exif):
+    fakes.folder(tmp_path, {"train/a": 3, "train/b": 3, "test/a": 1, "test/b": 1})
+    (tmp_path / "test" / "a" / "000.png").unlink()
+    Image.new("L", (4, 4), 255).save(tmp_path / "test" / "a" / "000.jpg", exif=exif)
+    assert load(config(tmp_path, image_size=4, channels=1), ("test",)).test.images[0].min() > 250
 
 
 def test_an_oblong_image_keeps_its_proportions(tmp_path):
