@@ -41,6 +41,12 @@ END = "<!-- end results -->"
 RECIPES = ("digits", "mnist5k")
 """Of which the paper's claims, robustness and samples were measured."""
 
+SCORED = {
+    "digits": ["baseline", "combined", "combined_mixed", "combined_dat", "classifier"],
+    "fashion_mnist": ["baseline", "ema", "combined", "classifier"],
+}
+"""Ablations, and the arms of each of which every score is shown."""
+
 SETS = {"midpoints": "interp", "uniform noise": "uniform", "Fashion-MNIST": "fashion_mnist"}
 SCORES = {"log p(x)": "log_px", "max p(y|x)": "max_py", "approx. mass": "approx_mass"}
 
@@ -221,14 +227,17 @@ TABLES = {
     "digits_sgld-finalists": Table(("sweeps/digits_sgld/trials.csv",), partial(of_sweep, "Finalists")),
     "digits_sgld-search": Table(("sweeps/digits_sgld/trials.csv",), partial(of_sweep, "Best of the search")),
     "orchestration": Table((f"{SPEED}/orchestration.json",), speed.orchestration),
-    "ablation-digits": Table(("ablation_digits",), ablation.figures),
-    "ablation-digits-differences": Table(("ablation_digits",), ablation.differences),
-    "ablation-digits-scores": Table(
-        ("ablation_digits",),
-        partial(ablation.scores, ["baseline", "combined", "combined_mixed", "combined_dat", "classifier"]),
-    ),
-    "ablation-digits-tuning": Table(("ablation_digits_tuning.json",), ablation.tuning),
-    "ablation-digits-settings": Table(("ablation_digits",), ablation.settings),
+    **{
+        f"ablation-{name}{part}": Table((f"ablation_{name}{file}",), build)
+        for name, shown in SCORED.items()
+        for part, file, build in (
+            ("", "", ablation.figures),
+            ("-differences", "", ablation.differences),
+            ("-scores", "", partial(ablation.scores, shown)),
+            ("-tuning", "_tuning.json", ablation.tuning),
+            ("-settings", "", ablation.settings),
+        )
+    },
     "symptoms": Table(("symptoms_digits.json",), symptoms.ends),
     **{
         name.format(recipe): Table((f"robustness_{recipe}.json",), build)
