@@ -134,6 +134,7 @@ OTHER = {
     "evaluate.generate.lengths": "[1, 2]",
 }
 NEEDS = {
+    **dict.fromkeys(("data.image_size", "data.channels"), ("data.name=my.images:all", "data.crop_padding=0")),
     "data.stream": ("data.name=parquet", "data.root=/data"),
     "model.options": ("model.name=mine:net",),
     "data.options": ("data.name=mine:data",),

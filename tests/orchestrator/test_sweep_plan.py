@@ -67,7 +67,7 @@ def test_of_a_cluster_concurrency_is_asked_for_and_an_autoscaler_brings_what_is_
         ((), 0, {"CPU": 1.0}),
         ((), 2, {"CPU": 1.0, "GPU": 1.0}),
         (("resources.gpu=0",), 2, {"CPU": 1.0}),
-        (("resources.cpu=3", "resources.gpu=0.5", "resources.label=spot"), 2, {"CPU": 3, "GPU": 0.5, "spot": SHARE}),
+        (("resources.cpu=3", "resources.gpu=2", "resources.label=spot"), 4, {"CPU": 3, "GPU": 2, "spot": SHARE}),
     ],
 )
 def test_ray_gives_a_worker_of_several_what_was_counted_for_it(arguments, gpus, each):
@@ -75,12 +75,18 @@ def test_ray_gives_a_worker_of_several_what_was_counted_for_it(arguments, gpus, 
 
 
 def test_a_trial_takes_what_all_its_workers_take():
-    arguments = ["workers=2", "resources.cpu=3", "resources.memory=5", "resources.gpu=0.5"]
-    found = fit(load_sweep("digits_sgld", arguments), 16, 2, 64)
-    assert (found.cpu_each, found.gpu_each, found.memory_each, found.at_once) == (6, 1, 10, 2)
+    arguments = ["workers=2", "resources.cpu=3", "resources.memory=5", "resources.gpu=1"]
+    found = fit(load_sweep("digits_sgld", arguments), 16, 4, 64)
+    assert (found.cpu_each, found.gpu_each, found.memory_each, found.at_once) == (6, 2, 10, 2)
     assert "2 x (0 + 2 x 3) = 12 CPUs of 16" in found.why
     assert "2 x (0 + 2 x 5 GiB) = 20 GiB memory of 64 GiB" in found.why
-    assert "2 x (0 + 2 x 0.5) = 2 GPUs of 2; limited by the CPUs" in found.why
+    assert "2 x (0 + 2 x 1) = 4 GPUs of 4; limited by the CPUs" in found.why
+
+
+def test_two_workers_of_a_trial_cannot_share_a_gpu():
+    with pytest.raises(ConfigError, match=r"resources.gpu: is 0.5 with workers=2: .* set workers=1, or whole GPUs"):
+        load_sweep("digits_sgld", ["workers=2", "resources.gpu=0.5"])
+    assert fit(load_sweep("digits_sgld", ["workers=1", "resources.gpu=0.5"]), 16, 2, 64).gpu_each == 0.5
 
 
 @pytest.mark.parametrize(
