@@ -41,7 +41,10 @@ END = "<!-- end results -->"
 RECIPES = ("digits", "mnist5k")
 """Of which the paper's claims, robustness and samples were measured."""
 
-SCORED = {"digits": ["baseline", "combined", "combined_mixed", "combined_dat", "classifier"]}
+SCORED = {
+    "digits": ["baseline", "combined", "combined_mixed", "combined_dat", "classifier"],
+    "fashion_mnist": ["baseline", "gaussian_prior", "ema", "combined", "classifier"],
+}
 """Ablations, and the arms of each of which every score is shown."""
 
 SETS = {"midpoints": "interp", "uniform noise": "uniform", "Fashion-MNIST": "fashion_mnist"}
