@@ -69,8 +69,8 @@ def over_random_batches(
 ) -> Tensor:
     """`over_batches` for a function that draws: from a stream of the batch's own, on `like`'s device.
 
-    With `labels` [n] it is given each batch's as well; `size` images are a batch. A JEMError of one
-    rank is raised on all.
+    With `labels` [n] it is given each batch's as well; `size` images are a batch. An error on one rank
+    ends all (`World.together`).
     """
     begins = range(0, len(images), size)
     mine = range(world.rank, len(begins), world.size)

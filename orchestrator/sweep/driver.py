@@ -171,10 +171,8 @@ class Search(Session[SweepResult]):
         assert record.result is not None
         result = Result(**record.result)
         if len(record.attempts) == len(before.attempts):
-            result.status, result.message = (
-                "failed",
-                "its measurement could not begin; the log of Ray's worker says why",
-            )
+            why = "its measurement could not begin; the log of Ray's worker says why"
+            result = replace(result, status="failed", message=why)
         spec = self.trial_spec(row.name)
         assert spec is not None
         self.uploads.add(row.name, spec, log_of(folder), workbench(folder), folder)
