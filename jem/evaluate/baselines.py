@@ -96,10 +96,13 @@ def mahalanobis(train: Float[Tensor, "n d"], labels: Int[Tensor, " n"]) -> OfFea
 def vim(train: Float[Tensor, "n d"], head: nn.Linear) -> OfFeatures:
     """Logsumexp of the logits less the virtual logit: how far the features leave the training features' main subspace.
 
-    Wang et al. (2022). The subspace has d / 2 dimensions, `head` is the layer from features to logits.
+    Wang et al. (2022). The subspace has d / 2 dimensions, `head` is the layer from features to logits. Ours: of the logits
+    less their mean over the classes, which have the same p(y|x). ViM scales by the mean largest logit, and a JEM's logits
+    have a level of their own, log p(x): where it lies below 0 the scale does too, and all outliers look familiar.
     """
     weight = head.weight.detach().cpu()
     bias = weight.new_zeros(len(weight)) if head.bias is None else head.bias.detach().cpu()
+    weight, bias = weight - weight.mean(dim=0), bias - bias.mean()
     detector = detectors().ViM(None, d=train.shape[1] // 2, w=weight, b=bias)
     detector.fit_features(_exact(train), torch.zeros(len(train), dtype=torch.int64))
 

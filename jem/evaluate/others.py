@@ -32,7 +32,7 @@ from jem.randomness import generator
 
 KEY = "evaluate.sets"
 MADE = {
-    "interp": "each test image averaged with the one before it",
+    "interp": "each test image averaged with another, drawn once for all",
     "uniform": "pixels drawn uniformly from [-1, 1]",
     "gaussian": "pixels drawn from N(0, 0.5^2), clamped to [-1, 1]",
     "constant": "images of one colour, drawn uniformly",

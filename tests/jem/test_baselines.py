@@ -116,6 +116,7 @@ def test_vim_is_the_papers_formula(network, images, generator):
     train = features_of(network, images).double()
     test = features_of(network, torch.randn(30, 1, 4, 4, generator=generator)).double()
     weight, bias = (p.detach().double() for p in baselines.head(network).parameters())
+    weight, bias = weight - weight.mean(dim=0), bias - bias.mean()
     origin = -torch.linalg.pinv(weight) @ bias
     _, _, directions = torch.linalg.svd(train - origin, full_matrices=True)
     residual = directions[6:].T  # beyond the first half of 12 dimensions
@@ -127,6 +128,16 @@ def test_vim_is_the_papers_formula(network, images, generator):
     expected = (test @ weight.T + bias).logsumexp(dim=1) - alpha * virtual(test)
     found = baselines.vim(train.float(), baselines.head(network))(test.float())
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_vim_does_not_depend_on_the_level_of_the_logits(network, images, generator):
+    """p(y|x) does not either; of a JEM the level is log p(x), and may be below 0."""
+    train, test = features_of(network, images), features_of(network, torch.randn(30, 1, 4, 4, generator=generator))
+    head = baselines.head(network)
+    before = baselines.vim(train, head)(test)
+    with torch.no_grad():
+        head.bias -= 10
+    torch.testing.assert_close(baselines.vim(train, head)(test), before, rtol=1e-3, atol=1e-4)
 
 
 def test_vim_takes_a_head_without_a_bias(images):

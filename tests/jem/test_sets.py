@@ -18,9 +18,21 @@ from jem.evaluate.sets import (
 )
 
 
-def test_interpolations_are_midpoints_with_the_image_before():
-    images = torch.tensor([0.0, 2.0, 6.0])[:, None, None, None]
-    assert interpolations(images).flatten().tolist() == [3.0, 1.0, 4.0]
+def test_interpolations_are_midpoints_with_another_image_each_once():
+    images = (2.0 ** torch.arange(9))[:, None, None, None]
+    others = 2 * interpolations(images) - images
+    assert others.flatten().sort().values.tolist() == images.flatten().tolist()
+    assert (others != images).all()
+    assert torch.equal(interpolations(images), interpolations(images.clone()))
+    assert interpolations(images[:1]).item() == images[0].item()
+
+
+def test_interpolations_of_images_that_are_sorted_by_class_are_of_two_classes():
+    """As are mnist5k and any folder: neighbours there are of one class."""
+    labels = torch.arange(10).repeat_interleave(200)
+    others = 2 * interpolations(labels[:, None, None, None].double()).flatten() - labels
+    same = (others == labels).double().mean()
+    assert abs(same - 0.1) < 4 * math.sqrt(0.1 * 0.9 / len(labels))
 
 
 def test_uniform_noise_has_the_moments_of_a_uniform_on_minus_one_to_one(generator):
