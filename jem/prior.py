@@ -23,8 +23,14 @@ from jem.data.splits import Split
 EXACT = 256
 """Numbers in an image up to which `prior_rank` is all of them, where it is not set; 64 beyond."""
 
-AT_ONCE = 512
-"""Images whose factors, d x r numbers each, are multiplied at once."""
+AT_ONCE = 2**25
+"""Numbers of the factors, d x r an image, that are multiplied at once: 128 MiB."""
+
+FITTED = 2**26
+"""Numbers of a class's images that its Gaussian is fitted to, at most: half a gigabyte in float64."""
+
+FEWEST = 10
+"""Images that a class needs for a Gaussian of its own: draws from that of two are nearly copies of one of them."""
 
 DIRECT = 1024
 """Numbers in an image up to which the whole covariance is decomposed; beyond, its first directions are looked for."""
@@ -96,10 +102,11 @@ def uniform(shape: tuple[int, ...], generator: torch.Generator) -> Float[Tensor,
 def draw_gaussian(gaussian: Gaussian, labels: Int[Tensor, " n"], generator: torch.Generator) -> Float[Tensor, "n d"]:
     """One of each class, cut off at +-1, where images end."""
     n, (_, d, r) = len(labels), gaussian.factor.shape
+    at_once = max(1, AT_ONCE // (d * r))
     z = torch.randn(n, r, 1, generator=generator, device=generator.device)
     e = torch.randn(n, d, generator=generator, device=generator.device)
     x = gaussian.mean[labels] + gaussian.rest[labels, None] * e
-    parts = zip(*(torch.split(tensor, AT_ONCE) for tensor in (x, labels, z)), strict=True)
+    parts = zip(*(torch.split(tensor, at_once) for tensor in (x, labels, z)), strict=True)
     x = torch.cat([part + (gaussian.factor[c] @ zs).squeeze(2) for part, c, zs in parts])
     return x.clamp(-1, 1)
 
@@ -109,20 +116,23 @@ def fit_gaussian(
 ) -> Gaussian:
     """The Gaussian of each class's images, on the [-1, 1] scale, with `rank` directions of its covariance.
 
-    Fewer images than directions leave the others to white noise. A class without images gets the Gaussian of all.
+    Fewer images than directions leave the others to white noise. A class with few images gets the Gaussian of all.
     """
     d = images[0].numel()
     rank = min(rank or (d if d <= EXACT else 64), d)
     of_class = [labels == c for c in range(n_classes)]
-    parts = [_fitted(images[these], rank) if these.any() else None for these in of_class]
+    parts = [_fitted(images[these], rank) if int(these.sum()) >= FEWEST else None for these in of_class]
     of_all = None if None not in parts else _fitted(images, rank)
     return Gaussian(*(torch.stack(column) for column in zip(*(part or of_all for part in parts), strict=True)))
 
 
 def _fitted(images: UInt8[Tensor, "n c h w"], rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    most = max(1, FITTED // images[0].numel())
+    if len(images) > most:
+        images = images[torch.arange(most, device=images.device) * len(images) // most]
     x = to_float(images, torch.float64).flatten(1)
     (n, d), mean = x.shape, x.mean(dim=0)
-    x = x - mean
+    x -= mean
     if d <= DIRECT:
         values, vectors = torch.linalg.eigh(x.T @ x / n)
         values, vectors = values.flip(0)[:rank].clamp(min=0), vectors.flip(1)[:, :rank]

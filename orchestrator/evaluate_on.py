@@ -104,7 +104,7 @@ def compute_on_ray(network: nn.Module, config: RunConfig, workers: int, progress
             actor = ray.remote(num_cpus=1, num_gpus=1 if gpus else 0)(_Evaluator)
             held = ray.put((network, config))
             actors = [actor.remote(held, rank, workers) for rank in range(workers)]
-            images = {name: ray.put(subjects.of(name)) for name in {which.images for which in subjects.passes}}
+            images = {name: ray.put(subjects.images[name]) for name in {which.images for which in subjects.passes}}
             pending: dict[Any, Pass] = {
                 one.run.remote(which, images[which.images], subjects.labels.get(which.images)): which
                 for which in subjects.passes

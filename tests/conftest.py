@@ -19,7 +19,7 @@ TENSOR_MODULES = (
     *("sam", "train", "meter", "world", "evaluate"),
 )
 # Before any of them is imported. From here on a tensor of the wrong shape raises.
-install_import_hook([f"jem.{name}" for name in TENSOR_MODULES], "beartype.beartype")
+install_import_hook([f"jem.{name}" for name in TENSOR_MODULES], "shapes.once")
 
 import torch  # noqa: E402
 

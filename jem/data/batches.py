@@ -18,7 +18,7 @@ from jem.config import DataConfig
 from jem.data.augment import crop_and_flip, to_float
 from jem.data.splits import Split
 from jem.data.stream import Streamed, Windows
-from jem.errors import ConfigError, Problem
+from jem.errors import ConfigError, DataError, Problem
 from jem.randomness import derive_seed, generator
 from jem.world import World
 
@@ -190,8 +190,10 @@ def labelled_rows(labels: Int64[Tensor, " n"], per_class: int, seed: int) -> Int
     """`per_class` rows of each class, ascending: a function of the labels and the run's seed."""
     labels = labels.cpu()
     counts = torch.bincount(labels)
-    if int(counts.min()) < per_class:
-        scarce = int(counts.argmin())
+    scarce = int(counts.argmin())
+    if not counts[scarce]:
+        raise DataError(f"data.labels_per_class: class {scarce} has no training image; each class needs {per_class}")
+    if int(counts[scarce]) < per_class:
         problem = f"is {per_class}, but class {scarce} has {int(counts[scarce])} training images; take that or fewer"
         raise ConfigError([Problem("data.labels_per_class", problem)])
     order = torch.randperm(len(labels), generator=generator("cpu", seed, "labelled", "subset"))

@@ -43,12 +43,17 @@ class Source:
     classes: tuple[str, ...]
     pools: Mapping[str, Callable[[], Pool]]
     test_size: int | None = None  # carved from train where there is no test pool; None: 20 %
+    by_class: bool = False  # images lie class by class
 
 
 def assemble(
     name: str, source: Source, validation_size: int | None, wanted: tuple[str, ...] = SPLITS, in_memory: bool = True
 ) -> DataSet:
-    """Carve the splits that the source lacks, decode those wanted; unless `in_memory`, later and piece by piece."""
+    """Carve the splits that the source lacks, decode those wanted; unless `in_memory`, later and piece by piece.
+
+    Training images that lie class by class and are not kept in memory are about to be written, and to be streamed: they
+    are brought out of that order, as a window or a part of a stream must hold all classes.
+    """
     rows: dict[str, tuple[Pool, Indices]] = {}
     for split in wanted:
         if split in source.pools and split != "train":
@@ -57,7 +62,8 @@ def assemble(
     if set(wanted) - set(rows):
         train = source.pools["train"]()
         for split, indices in partition(train.labels, source, validation_size).items():
-            rows[split] = train, indices
+            apart = split == "train" and source.by_class and not in_memory
+            rows[split] = train, _lowest(indices, len(indices), "order") if apart else indices
     make = _decoded if in_memory else _undecoded
     made = {split: make(*of_split) for split, of_split in rows.items() if split in wanted}
     return complete(name, made, source.classes)

@@ -124,7 +124,7 @@ def validation_count(n_train: int, size: int | None) -> int:
 READ_BY = {
     "image_size": ("celeba", "imagefolder"),
     "channels": ("imagefolder",),
-    "validation_size": tuple(name for name in DATA_SOURCES if name != "parquet"),
+    "validation_size": tuple(name for name in DATA_SOURCES if name not in ("parquet", "celeba")),
 }
 """Settings that some sources do not read, and those that do; a function of the user's own may read any."""
 
@@ -192,6 +192,11 @@ def _describe_folder(config: DataConfig) -> DataSpec:
     if not root.is_dir():
         return DataSpec(shape, None, None, f"{root} (missing)")
     found = index(root)
+    if "validation" in found.files and config.validation_size is not None:
+        problem = (
+            f"is {config.validation_size}, but {root} has a validation folder, which is taken as it is; leave it out"
+        )
+        raise ConfigError([Problem("data.validation_size", problem)])
     return DataSpec(shape, len(found.classes), carved_sizes(found, config.validation_size), str(root))
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from jem.config import DataConfig
 from jem.data.carve import Pool, Source, assemble
@@ -46,7 +47,7 @@ def load_custom(config: DataConfig, wanted: tuple[str, ...] = SPLITS) -> DataSet
 def _pool(pair: Any, where: str) -> Pool:
     if not isinstance(pair, (tuple, list)) or len(pair) != 2:
         raise DataError(f"{where}: is {type(pair).__name__}, must be a pair (images, labels)")
-    images, labels = (torch.as_tensor(np.asarray(item)) for item in pair)
+    images, labels = (_tensor(item, f"{where}: {what}") for item, what in zip(pair, ("images", "labels"), strict=True))
     if images.dtype != torch.uint8 or images.ndim != 4:
         found = f"{images.dtype} of shape {list(images.shape)}"
         raise DataError(f"{where}: images are {found}, must be torch.uint8 of shape [n, channels, height, width]")
@@ -57,3 +58,12 @@ def _pool(pair: Any, where: str) -> Pool:
     if not len(images):
         raise DataError(f"{where}: is empty; it needs at least one image")
     return Pool.of(images, labels.numpy())
+
+
+def _tensor(values: Any, where: str) -> Tensor:
+    """Of whatever numpy takes, in any order of axes or bytes."""
+    try:
+        array = np.asarray(values)
+        return torch.from_numpy(np.ascontiguousarray(array, array.dtype.newbyteorder("=")))
+    except (ValueError, TypeError) as error:
+        raise DataError(f"{where} cannot be made a tensor: {error}; give one array, or a tensor on the CPU") from error

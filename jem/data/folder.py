@@ -23,7 +23,10 @@ if TYPE_CHECKING:
 
     from jem.data.carve import Pool, Source
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif")
+OTHERS = (".avif", ".heic", ".heif", ".jp2", ".jxl", ".svg", ".tga", ".npy")
+"""Images that are not read: leaving them out in silence would leave data out."""
+SPLIT_NAMES = ("train", "training", "validation", "valid", "val", "dev", "test", "testing")
 LAYOUTS = "ROOT/train/CLASS/*.png (also validation, test) or ROOT/CLASS/*.png"
 
 
@@ -41,6 +44,8 @@ def index(root: Path, least: int = 2) -> Index:
         raise DataError(f"{root}: there is no such folder; data.root names one laid out as {LAYOUTS}")
     folders = _split_folders(root)
     classes = _folders(folders["train"])
+    if least > 1:  # of outliers all images will do
+        _check_names(root, folders, classes)
     if len(classes) < least:
         needed = "two are" if least == 2 else f"{least} is"
         raise DataError(f"{folders['train']}: has {len(classes)} class folders, {needed} needed: {LAYOUTS}")
@@ -57,7 +62,8 @@ def imagefolder(config: DataConfig) -> Source:
     from jem.data.carve import Source
 
     found = index(root_of(config))
-    return Source(found.classes, {split: partial(_pool, files, config) for split, files in found.files.items()})
+    pools = {split: partial(_pool, files, config) for split, files in found.files.items()}
+    return Source(found.classes, pools, by_class=True)
 
 
 def carved_sizes(found: Index, validation_size: int | None) -> dict[str, int]:
@@ -117,6 +123,20 @@ def _split_folders(root: Path) -> dict[str, Path]:
     return {split: folders[0] for split, folders in found.items() if folders}
 
 
+def _check_names(root: Path, folders: dict[str, Path], classes: list[str]) -> None:
+    """Splits by other names would be left out, or taken for classes."""
+    remedy = f"rename or move them: {LAYOUTS}"
+    if folders["train"] != root:
+        beside = [name for name in _folders(root) if root / name not in folders.values()]
+        strange = [name for name in beside if {*_folders(root / name)} & {*classes}]
+        if strange:
+            raise DataError(f"{root}: beside train, {', '.join(strange)} would not be read; {remedy}")
+    else:
+        strange = [name for name in classes if name.lower() in SPLIT_NAMES and _folders(root / name)]
+        if strange:
+            raise DataError(f"{root}: {', '.join(strange)} would be taken for classes, there is no train; {remedy}")
+
+
 def _folders(folder: Path) -> list[str]:
     if not folder.is_dir():
         return []
@@ -126,12 +146,16 @@ def _folders(folder: Path) -> list[str]:
 def _files(folder: Path, classes: Sequence[str]) -> list[tuple[Path, int]]:
     listed: list[tuple[Path, int]] = []
     for label, name in enumerate(classes):
-        below = sorted(
+        there = sorted(
             Path(where, file)
             for where, _, names in os.walk(folder / name, followlinks=True)
             for file in names
-            if file.lower().endswith(EXTENSIONS) and not file.startswith(".")
+            if not file.startswith(".")
         )
+        below = [path for path in there if path.name.lower().endswith(EXTENSIONS)]
+        unread = [path for path in there if path.name.lower().endswith(OTHERS)]
+        if unread:
+            raise DataError(f"{unread[0]}: is one of {len(unread)} images that are not read; convert or move them")
         if not below:
             raise DataError(f"{folder / name}: holds no image ({', '.join(EXTENSIONS)}); fill or delete the folder")
         listed += [(path, label) for path in below]

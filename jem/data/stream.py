@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import bisect
 import functools
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -60,13 +61,23 @@ class Streamed(Split):
         return (self.read(group)[0] for group in self.groups)
 
     def part(self) -> Split:
-        """Row groups evenly spaced over the split, as many as make a window."""
+        """Row groups evenly spaced over the split, as many as make a window; with a warning if classes are missing."""
         bytes_each = self.images.shape[1:].numel() * max(len(group.rows) for group in self.groups)
         count = min(len(self.groups), max(1, WINDOW_BYTES // bytes_each))
         images, labels = zip(
             *(self.read(self.groups[(2 * i + 1) * len(self.groups) // (2 * count)]) for i in range(count)), strict=True
         )
-        return Split(torch.cat(images), torch.cat(labels))
+        found = torch.cat(labels)
+        missing = sorted({*self.labels.unique().tolist()} - {*found.unique().tolist()})
+        if missing:
+            names = ", ".join(self.manifest.classes[label] for label in missing[:10])
+            more = f" and {len(missing) - 10} more" if len(missing) > 10 else ""
+            warnings.warn(
+                f"{self.manifest.name}: the {len(found):,} images that priors and baselines see of the streamed split "
+                f"have none of {names}{more}: are the rows sorted by class? Write them anew: python jobs/prepare.py",
+                stacklevel=2,
+            )
+        return Split(torch.cat(images), found)
 
 
 class Window(NamedTuple):

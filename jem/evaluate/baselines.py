@@ -24,6 +24,9 @@ NEIGHBOURS = 50
 SEARCHED = 10_000
 """Training features that `knn` searches at most, evenly spaced: each image is compared with all of them."""
 
+AT_ONCE = 4096
+"""Training features in float64 at once."""
+
 OfLogits = Callable[[Tensor], Tensor]
 OfFeatures = Callable[[Tensor], Tensor]
 """Scores [n] of logits [n, C] or of features [n, d], as float64 on the CPU."""
@@ -75,14 +78,18 @@ def mahalanobis(train: Float[Tensor, "n d"], labels: Int[Tensor, " n"]) -> OfFea
     missing = (torch.bincount(labels.cpu()) == 0).nonzero().flatten().tolist()
     if missing:
         raise DataError(f"mahalanobis: no training image of class {', '.join(map(str, missing))}; each class needs one")
-    z, y = _exact(train), labels.cpu()
-    counts = torch.bincount(y)
-    means = torch.zeros(len(counts), z.shape[1], dtype=z.dtype).index_add(0, y, z) / counts[:, None]
-    centred = z - means[y]
-    covariance = centred.T @ centred / len(z)
+    y, d = labels.cpu(), train.shape[1]
+    parts = [slice(begin, begin + AT_ONCE) for begin in range(0, len(train), AT_ONCE)]
+    means, covariance = torch.zeros(int(y.max()) + 1, d, dtype=torch.float64), torch.zeros(d, d, dtype=torch.float64)
+    for part in parts:
+        means.index_add_(0, y[part], _exact(train[part]))
+    means /= torch.bincount(y)[:, None]
+    for part in parts:
+        centred = _exact(train[part]) - means[y[part]]
+        covariance.addmm_(centred.T, centred, alpha=1 / len(train))
     covariance.diagonal().add_(1e-6 * covariance.diagonal().mean() + 1e-12)
     root = torch.linalg.cholesky(covariance)
-    whiten = torch.linalg.solve_triangular(root, torch.eye(len(root), dtype=z.dtype), upper=False).T
+    whiten = torch.linalg.solve_triangular(root, torch.eye(len(root), dtype=torch.float64), upper=False).T
     whitened = means @ whiten
 
     def score(features: Tensor) -> Tensor:
@@ -96,18 +103,18 @@ def mahalanobis(train: Float[Tensor, "n d"], labels: Int[Tensor, " n"]) -> OfFea
 def vim(train: Float[Tensor, "n d"], head: nn.Linear) -> OfFeatures:
     """Logsumexp of the logits less the virtual logit: how far the features leave the training features' main subspace.
 
-    Wang et al. (2022). The subspace has d / 2 dimensions, `head` is the layer from features to logits. Ours: of the logits
-    less their mean over the classes, which have the same p(y|x). ViM scales by the mean largest logit, and a JEM's logits
-    have a level of their own, log p(x): where it lies below 0 the scale does too, and all outliers look familiar.
+    Wang et al. (2022). The subspace has d / 2 dimensions, `head` is the layer from features to logits. Ours: of the
+    logits less their mean over the classes, which have the same p(y|x). ViM scales by the mean largest logit, and a
+    JEM's have a level of their own, log p(x): where it lies below 0 the scale does too, and outliers look familiar.
     """
     weight = head.weight.detach().cpu()
     bias = weight.new_zeros(len(weight)) if head.bias is None else head.bias.detach().cpu()
     weight, bias = weight - weight.mean(dim=0), bias - bias.mean()
     detector = detectors().ViM(None, d=train.shape[1] // 2, w=weight, b=bias)
-    detector.fit_features(_exact(train), torch.zeros(len(train), dtype=torch.int64))
+    detector.fit_features(train.detach().cpu(), torch.zeros(len(train), dtype=torch.int64))  # in float32
 
     def score(features: Tensor) -> Tensor:
-        found: Tensor = detector.predict_features(_exact(features))
+        found: Tensor = detector.predict_features(features.detach().cpu())
         return -found.double()
 
     return score
@@ -146,7 +153,8 @@ def features(network: nn.Module) -> Callable[[Tensor], Tensor]:
             logits = network(x)
         finally:
             hook.remove()
-        if len(seen) != 1 or seen[0][0].ndim != 2 or not torch.equal(seen[0][1], logits):
+        same = len(seen) == 1 and seen[0][1].shape == logits.shape
+        if not same or seen[0][0].ndim != 2 or not torch.allclose(seen[0][1], logits, rtol=0, atol=0, equal_nan=True):
             raise ConfigError("the network's logits are not what its last linear layer makes of features [n, d]")
         return seen[0][0]
 

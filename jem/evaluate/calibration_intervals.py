@@ -52,14 +52,13 @@ def statistic(logits: Float[Tensor, "n c"], labels: Int[Tensor, " n"], n_bins: i
     brier_nll = mean_of(torch.stack([classification.brier_scores(logits, labels), losses], dim=1))
     index = bin_index(confidence, n_bins)
     gaps, ones = in_bins(correct - confidence, index, n_bins), in_bins(torch.ones_like(confidence), index, n_bins)
-    misses = [(py, (labels == y).double() - py) for y, py in enumerate(p.T.contiguous())]
-    by_class = [in_bins(miss, bin_index(py, n_bins), n_bins) for py, miss in misses]
+    by_class = [((labels == y).double() - py, bin_index(py, n_bins)) for y, py in enumerate(p.T.contiguous())]
 
     def function(counts: Tensor) -> Tensor:
         total = counts.sum(dim=1)
         gap, mass = (counts @ gaps).abs(), counts @ ones
         adaptive = share_out(confidence, correct, counts, n_bins)
-        classwise = sum((counts @ part).abs().sum(dim=1) for part in by_class) / len(by_class)
+        classwise = sum((counts @ in_bins(*of_class, n_bins)).abs().sum(dim=1) for of_class in by_class) / len(by_class)
         columns = [
             gap.sum(dim=1) / total,
             (adaptive.correct - adaptive.confidence).abs().sum(dim=1) / total,

@@ -65,7 +65,11 @@ class PerClass(NamedTuple):
 def per_class(confusion: Tensor) -> PerClass:
     """One class against the rest, for each class."""
     matrix = confusion.double()
-    hit, actual, called = matrix.diagonal(dim1=-2, dim2=-1), matrix.sum(dim=-1), matrix.sum(dim=-2)
+    return _rates(matrix.diagonal(dim1=-2, dim2=-1), matrix.sum(dim=-1), matrix.sum(dim=-2))
+
+
+def _rates(hit: Tensor, actual: Tensor, called: Tensor) -> PerClass:
+    """Of each class's images called it, all of its images, and all called it; [..., c]."""
     total = actual.sum(dim=-1, keepdim=True)
     right = (total - actual - called + 2 * hit) / total
     return PerClass(actual, right, hit / called, hit / actual, 2 * hit / (actual + called))
@@ -99,11 +103,13 @@ def per_class_intervals(
 
 def per_class_statistic(logits: Float[Tensor, "n c"], labels: Int[Tensor, " n"]) -> Statistic:
     """Counts [r, n] to `PerClass` without its support, [r, 4, c]."""
-    c = logits.shape[1]
-    cell = labels * c + probabilities(logits).argmax(dim=1)
+    predicted = probabilities(logits).argmax(dim=1)
+    right = predicted == labels
 
     def statistic(counts: Tensor) -> Tensor:
-        confusion = counts.new_zeros(len(counts), c * c).index_add(1, cell, counts)
-        return torch.stack(per_class(confusion.reshape(-1, c, c))[1:], dim=1)
+        none = counts.new_zeros(len(counts), logits.shape[1])
+        hit = none.index_add(1, labels[right], counts[:, right])
+        actual, called = none.index_add(1, labels, counts), none.index_add(1, predicted, counts)
+        return torch.stack(_rates(hit.double(), actual.double(), called.double())[1:], dim=1)
 
     return statistic

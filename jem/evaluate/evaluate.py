@@ -69,8 +69,8 @@ def over_random_batches(
 ) -> Tensor:
     """`over_batches` for a function that draws: from a stream of the batch's own, on `like`'s device.
 
-    With `labels` [n] it is given each batch's as well; `size` images are a batch. An error on one rank
-    ends all (`World.together`).
+    Images of uint8 are brought to [-1, 1]. With `labels` [n] it is given each batch's as well; `size` images are a
+    batch. An error on one rank ends all (`World.together`).
     """
     begins = range(0, len(images), size)
     mine = range(world.rank, len(begins), world.size)
@@ -80,6 +80,8 @@ def over_random_batches(
         for index in mine or (0,):  # a rank without a batch learns from the first one's first image what a row is
             rows = slice(begins[index], begins[index] + size if mine else 1)
             x = images[rows]
+            if x.dtype == torch.uint8:
+                x = to_float(x, torch.float32)
             if config.noise_std:
                 x = x + config.noise_std * torch.randn(x.shape, generator=generator("cpu", "evaluate", key, index))
             draws = generator(like.device, "evaluate", key, index, "of the function")

@@ -46,7 +46,7 @@ Extracted = tuple[Float[Tensor, "n d"], Float[Tensor, "n classes"]]
 
 @dataclass(frozen=True)
 class Extractor:
-    """A fixed network. `features`: of images [n, c, h, w] on [-1, 1], as 8-bit files would hold them.
+    """A fixed network. `features`: of images [n, c, h, w], uint8 or on [-1, 1] and then as 8-bit files would hold them.
 
     What a chain has beyond [-1, 1] is cut off and what is left is rounded to 256 levels, as data are: a difference that
     no file of the sample shows does not count. Raises ValueError for images that are not finite.
@@ -182,7 +182,8 @@ def _read_weights(path: Path) -> bytes:
 @torch.no_grad()
 def _in_batches(batch: Callable[[Tensor], tuple[Tensor, Tensor]], images: Tensor, size: int) -> Extracted:
     """In batches that are fixed: the last bits of an image's features depend on the size of its batch."""
-    found = [batch(part) for part in torch.split(to_bytes(images), size)]
+    pixels = images if images.dtype == torch.uint8 else to_bytes(images)
+    found = [batch(part) for part in torch.split(pixels, size)]
     features, logits = (torch.cat([part.float().cpu() for part in column]) for column in zip(*found, strict=True))
     return features, logits
 

@@ -124,11 +124,12 @@ def fresh(
 ) -> Float[Tensor, "n c h w"]:
     """Where chains from `start` stand after `steps` SGLD steps down E(x), or E(x, y) with `labels`.
 
-    `on_step` is told the number of each step, from 1, and the positions after it: for progress, or an animation.
+    A schedule goes on with each of PYLD's outer steps, as in training. `on_step` is told the number of each step, from
+    1, and the positions after it: for progress, or an animation.
     """
     energy, x = energy_fn(logits, labels), start
     for step in range(1, steps + 1):
-        x, _ = sgld_step(energy, x, along(sgld, step - 1), generator)
+        x, _ = sgld_step(energy, x, along(sgld, (step - 1) // sgld.inner_steps), generator)
         on_step(step, x)
     return x.detach()
 
@@ -157,11 +158,12 @@ def chain_diagnostics(
     seen: dict[str, list[Tensor]] = {name: [] for name in DIAGNOSTICS}
     x = start
     for step in range(marks[-1] + 1):
+        now = along(sgld, step // sgld.inner_steps)
         if step in marks:
-            for name, value in _look(energy, exact or energy, x, along(sgld, step), probe).items():
+            for name, value in _look(energy, exact or energy, x, now, probe).items():
                 seen[name].append(value)
         if step < marks[-1]:
-            x, _ = sgld_step(energy, x, along(sgld, step), generator)
+            x, _ = sgld_step(energy, x, now, generator)
             on_step(step + 1)
     return {name: torch.stack(values, dim=1) for name, values in seen.items()}
 
@@ -207,7 +209,7 @@ def log_marks(length: int, times: Sequence[int] = (1, 10, 100), per_decade: Sequ
 
 
 @contextmanager
-def _whole_float32() -> Iterator[None]:
+def whole_float32() -> Iterator[None]:
     """Convolutions of float32 without TF32's rounding to 10 bits, which is PyTorch's default on a GPU."""
     before = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = False
@@ -220,7 +222,7 @@ def _whole_float32() -> Iterator[None]:
 def _look(energy: EnergyFn, exact: EnergyFn, x: Tensor, sgld: SGLDConfig, probe: torch.Generator) -> dict[str, Tensor]:
     value, gradient = differentiate(energy, x)
     own = sgld.noise_scale**2 / (2 * sgld.step_size)
-    with _whole_float32():
+    with whole_float32():
         taken_own, taken_one = acceptance(exact, x, (own, 1.0), sgld, probe)
     if sgld.normalize_gradient:  # steps that do not get shorter where it is flat have no temperature of their own
         taken_own = torch.full_like(taken_own, float("nan"))

@@ -11,6 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from jem.errors import DivergedError
 from jem.evaluate import baselines, scores
 from jem.evaluate.passes import Pass
 
@@ -61,8 +62,16 @@ def assemble(
     left_out: dict[str, str],
     train_labels: Tensor,
 ) -> Measured:
-    """Scores of what the passes `found`; `labels` are those of validation and test."""
+    """Scores of what the passes `found`; `labels` are those of validation and test.
+
+    Raises DivergedError if a logit is not finite.
+    """
     rows = {which: value.cpu() for which, value in found.items()}
+    for which, logits in rows.items():
+        if which.what == "logits" and not logits.isfinite().all():
+            bad = int((~logits.isfinite()).any(dim=1).sum())
+            said = f"the model's logits are not finite for {bad} of {len(logits)} images of {which.images}"
+            raise DivergedError(f"{said}; it diverged, use an earlier checkpoint")
     train = rows.get(Pass("train", "features"))
     of_features: dict[str, baselines.OfFeatures] = {}
     if train is not None:

@@ -21,7 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from jem.config import DataConfig
-from jem.data import folder, manifest
+from jem.data import folder, manifest, parquet
 from jem.data.carve import Indices
 from jem.data.catalog import EMBEDDED, PUBLIC, from_debian, is_there, root_of
 from jem.data.sources import SOURCES, load
@@ -260,7 +260,7 @@ def _too_small(h: int, w: int) -> str:
 def _from_path(name: str, shape: tuple[int, int, int], max_images: int) -> tuple[Tensor, int, str]:
     location, (c, h, w) = _location(name), shape
     if (location / manifest.NAME).exists():
-        images = load(DataConfig(name="parquet", root=location.uri), ("test",)).test.images
+        images = parquet.read(location, ("test",)).test.images  # by what was opened: its URI has no credentials
         what = f"the test split of {location.uri} ({manifest.read(location).name}, Parquet)"
         return images[torch.from_numpy(spaced(len(images), max_images))], len(images), what
     splits = folder.index(location.local, least=1).files

@@ -20,7 +20,7 @@ from jem.energy import energy_fn
 from jem.errors import ConfigError
 from jem.evaluate import baselines, robustness, scores
 from jem.evaluate.evaluate import BATCH, over_random_batches
-from jem.evaluate.generation import DIAGNOSTICS, chain_diagnostics, fresh
+from jem.evaluate.generation import DIAGNOSTICS, chain_diagnostics, fresh, whole_float32
 from jem.evaluate.sampled import lengths
 from jem.train import autocast, frozen_logits
 from jem.world import T, World
@@ -96,7 +96,7 @@ def run_pass(
     on_part: robustness.OnPart = lambda _: None,
     labels: Tensor | None = None,
 ) -> Tensor:
-    """The pass' rows [n, ...] for float images [n, c, h, w]; `on_part` is told how many images' worth each part was."""
+    """The pass' rows [n, ...] for images [n, c, h, w], uint8 or float; `on_part`: told how many each part was worth."""
     function = functions(network, config, settings)[which.what]
 
     def counted(x: Tensor, generator: torch.Generator, *labels: Tensor) -> Tensor:
@@ -133,7 +133,12 @@ def functions(network: nn.Module, config: JEMConfig, settings: EvaluateConfig) -
             return baselines.odin(logits, x)
 
     def attack(k: int, x: Tensor, generator: torch.Generator, labels: Tensor, on_part: robustness.OnPart) -> Tensor:
-        return robustness.attack(exact, x, labels, k, config, settings, generator, on_part)
+        with whole_float32():
+            return robustness.attack(exact, x, labels, k, config, settings, generator, on_part)
+
+    def distal(x: Tensor, _: torch.Generator, labels: Tensor) -> Tensor:
+        with whole_float32():
+            return robustness.distal(exact, x, labels)
 
     def chains(x: Tensor, generator: torch.Generator, *classes: Tensor) -> Tensor:
         energies = energy_fn(logits, *classes), energy_fn(exact, *classes)
@@ -142,7 +147,7 @@ def functions(network: nn.Module, config: JEMConfig, settings: EvaluateConfig) -
 
     return {
         **{f"attack/{k}": partial(attack, k) for k in (0, *settings.attack.refine)},
-        "distal": lambda x, _, labels: robustness.distal(exact, x, labels),
+        "distal": distal,
         "fresh": lambda x, generator, *classes: fresh(logits, x, length, config.sgld, generator, *classes),
         "chains": chains,
         "logits": lambda x, _: logits(x),

@@ -24,8 +24,8 @@ SHOWN, COLUMNS = 100, 10
 def training_length(config: JEMConfig) -> int:
     """How many SGLD steps a chain lives in training, on average: it restarts with `reinit_prob` every `steps`.
 
-    20 draws' worth where chains never restart. With PYLD each of the inner steps counts: chains that are scored take
-    them with the whole network's gradient.
+    20 draws' worth where chains never restart; where their length adapts, of those of the shortest. With PYLD each of
+    the inner steps counts: chains that are scored take them with the whole network's gradient.
     """
     return max(1, round(config.sgld.steps * config.sgld.inner_steps / (config.replay.reinit_prob or 0.05)))
 
@@ -58,7 +58,7 @@ def gen_section(
     """
     extractor = extractor_for(config.data, data.image_shape, settings.generate.inception)
     train, test = data.train.images, data.test.images[evenly(len(data.test), n_samples(settings))]
-    reference, _ = extractor.features(to_float(train, torch.float32))
+    reference, _ = extractor.features(train)
     held_out = to_float(test, torch.float32)
     copies_of_test = generation.nearest(held_out[evenly(len(test), SHOWN)], train, 1)[0].median().item()
     found = {}

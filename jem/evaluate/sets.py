@@ -20,7 +20,7 @@ from jem.randomness import generator
 def interpolations(images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
     """The midpoint of every image and another, which one being a function of n alone.
 
-    Not its neighbour in the file: where those are sorted by class, as in mnist5k and in folders, it is of the same class.
+    Not its neighbour in the file: where images are sorted by class, as in mnist5k and in folders, both are of one.
     """
     order = torch.randperm(len(images), generator=generator("cpu", "interpolations", len(images)))
     others = torch.empty_like(order)

@@ -35,17 +35,12 @@ FAST_SETS = ("interp", "uniform")
 class Subjects:
     """All images of an evaluation, what their sets are, and what has to be computed of them."""
 
-    images: dict[str, Tensor]  # float32 [n, c, h, w] on [-1, 1]; uint8 for the training split
+    images: dict[str, Tensor]  # float32 [n, c, h, w] on [-1, 1], or uint8
     how: dict[str, str]  # of each set of outliers
     passes: list[Pass]
     left_out: dict[str, str]
     labels: dict[str, Tensor] = field(default_factory=dict)  # [n], of the sets whose passes need them
     costs: dict[str, int] = field(default_factory=dict)  # of a pass over an image, in forward passes
-
-    def of(self, name: str) -> Tensor:
-        return (
-            to_float(self.images[name], torch.float32) if self.images[name].dtype == torch.uint8 else self.images[name]
-        )
 
     def cost(self, which: Pass) -> int:
         """In forward passes of an image."""
@@ -184,7 +179,7 @@ def compute_here(
 
     def compute(subjects: Subjects) -> dict[Pass, Tensor]:
         def run(which: Pass) -> Tensor:
-            images = subjects.of(which.images)
+            images = subjects.images[which.images]
             labels = subjects.labels.get(which.images)
             return run_pass(network, which, images, config, settings, world, like, lambda n: on_part(which, n), labels)
 

@@ -100,9 +100,9 @@ def test_large_images_get_the_same_gaussian_from_the_first_directions_alone(gene
     torch.testing.assert_close(quick.rest, direct.rest, rtol=1e-3, atol=0)
     for mine, theirs in zip(quick.factor, direct.factor, strict=True):
         torch.testing.assert_close(mine @ mine.T, theirs @ theirs.T, atol=1e-5, rtol=1e-2)
-    few = fit_gaussian(images[:6], labels[:6], 2, 5)  # three of a class have two directions
+    few = fit_gaussian(images[:24], labels[:24], 2, 15)  # twelve of a class have eleven directions
     assert few.factor.isfinite().all()
-    assert (few.factor.norm(dim=1) > 1e-3).sum(dim=1).tolist() == [2, 2]
+    assert (few.factor.norm(dim=1) > 1e-3).sum(dim=1).tolist() == [11, 11]
 
 
 def test_a_class_without_images_starts_like_all(generator):
@@ -111,6 +111,25 @@ def test_a_class_without_images_starts_like_all(generator):
     whole = fit_gaussian(split.images, torch.zeros_like(split.labels), 1, None)
     for mine, theirs in zip(fitted, whole, strict=True):
         assert torch.equal(mine[2], theirs[0])
+
+
+@pytest.mark.parametrize("n", [1, 2, 9, 10])
+def test_a_class_of_few_images_starts_like_all_and_not_at_one_of_them(generator, n):
+    split = split_of(generator, classes=2)
+    labels = (torch.arange(len(split)) < n).long()
+    fitted = fit_gaussian(split.images, labels, 2, None)
+    whole = fit_gaussian(split.images, torch.zeros_like(labels), 1, None)
+    assert torch.equal(fitted.mean[1], whole.mean[0]) == (n < 10)
+    assert not torch.equal(fitted.mean[0], whole.mean[0])
+
+
+def test_a_large_class_is_fitted_by_a_part_of_it(generator, monkeypatch):
+    split = split_of(generator, classes=1)
+    numbers = split.images[0].numel()
+    monkeypatch.setattr("jem.prior.FITTED", numbers * (len(split) // 2))
+    found = fit_gaussian(split.images, split.labels, 1, None)
+    half = split.images[torch.arange(len(split) // 2) * len(split) // (len(split) // 2)]
+    assert all(map(torch.equal, found, fit_gaussian(half, torch.zeros(len(half), dtype=torch.int64), 1, None)))
 
 
 def test_without_labels_all_classes_start_alike(generator):

@@ -15,10 +15,10 @@ def test_scores_are_log_p_of_x_and_log_max_p_of_y():
 
 
 def test_max_p_of_y_still_orders_predictions_that_float32_rounds_to_certainty():
-    confident = torch.tensor([[20.0, 0.0], [30.0, 0.0]])
-    assert confident.softmax(dim=1).max(dim=1).values.tolist() == [1.0, 1.0]
-    a, b = max_py(confident).tolist()
-    assert a < b < 0
+    confident = torch.tensor([[20.0, 0.0], [30.0, 0.0], [60.0, 0.0], [0.0, 600.0]])
+    assert confident.softmax(dim=1).max(dim=1).values.tolist() == [1.0] * 4
+    a, b, c, d = max_py(confident).tolist()
+    assert a < b < c < d < 0
 
 
 def test_approx_mass_is_minus_the_norm_of_the_gradient_of_log_p_in_closed_form(generator):

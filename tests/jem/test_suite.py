@@ -178,7 +178,7 @@ def test_parts_of_any_number_of_workers_add_up_to_the_same_bits(data, workers):
     of_attacks_and_chains = {"attack/0", "attack/2", "distal", "fresh", "chains"}
     assert {which.what for which in alone} == set(passes.FORWARDS) | of_attacks_and_chains
     for which, whole in alone.items():
-        images, labels = subjects.of(which.images), subjects.labels.get(which.images)
+        images, labels = subjects.images[which.images], subjects.labels.get(which.images)
         parts = [
             run_pass(net, which, images, CONFIG, FULL, Part(rank, workers), LIKE, labels=labels)
             for rank in range(workers)
@@ -227,6 +227,8 @@ def test_a_network_that_has_diverged_is_said_to_have(data):
     net[-1].bias.fill_(torch.nan)
     with pytest.raises(DivergedError):
         run(net, data, EvaluateConfig())
+    with pytest.raises(DivergedError, match="logits are not finite for"):
+        run(net, data)
 
 
 def test_a_score_that_is_no_number_is_left_out_and_the_rest_is_measured(data):

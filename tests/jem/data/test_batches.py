@@ -10,7 +10,7 @@ from jem.config import DataConfig
 from jem.data.augment import to_float
 from jem.data.batches import BatchSource, labelled_rows, positions
 from jem.data.splits import Split
-from jem.errors import ConfigError
+from jem.errors import ConfigError, DataError
 from jem.world import World
 
 PLAIN = DataConfig(name="digits", noise_std=0.0, crop_padding=0, flip=False)
@@ -202,10 +202,11 @@ def test_another_seed_labels_other_images():
     assert first != second
 
 
-@pytest.mark.parametrize("labels", [torch.tensor([0, 0, 1, 2, 2]), torch.tensor([0, 0, 2, 2])])
-def test_a_class_with_too_few_images_is_named(labels):
-    with pytest.raises(ConfigError, match=r"data.labels_per_class: is 2, but class 1 has [01] training images"):
-        labelled_rows(labels, 2, 0)
+def test_a_class_with_too_few_images_or_none_is_named():
+    with pytest.raises(ConfigError, match=r"data.labels_per_class: is 2, but class 1 has 1 training images"):
+        labelled_rows(torch.tensor([0, 0, 1, 2, 2]), 2, 0)
+    with pytest.raises(DataError, match=r"data.labels_per_class: class 1 has no training image"):
+        labelled_rows(torch.tensor([0, 0, 2, 2]), 2, 0)
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,19 @@ def test_a_function_may_return_train_alone_and_reads_its_options():
     assert data.classes == ("kind 0", "kind 1", "kind 2", "kind 3")
 
 
+def test_arrays_may_lie_in_any_order_of_axes_and_bytes():
+    """BGR made RGB, labels of a file from another machine."""
+    first = load(returns({"train": (IMAGES[:, ::-1], LABELS.astype(">i4"))}))
+    plain = load(returns({"train": (IMAGES[:, ::-1].copy(), LABELS)}))
+    assert first.digest == plain.digest
+
+
+@pytest.mark.parametrize("labels", [[[0], [0, 1]], None])
+def test_what_is_no_array_is_named(labels):
+    with pytest.raises(DataError, match=r"split train: labels (cannot be made a tensor|are)"):
+        load(returns({"train": (IMAGES, labels)}))
+
+
 def test_classes_default_to_the_label_numbers():
     data = load(DataConfig(name=f"{__name__}:with_test"))
     assert data.classes == ("0", "1", "2", "3")

@@ -7,7 +7,7 @@ from PIL import Image, ImageOps
 from jem.config import DataConfig
 from jem.data.sources import describe, load
 from jem.data.upright import orientation, upright
-from jem.errors import DataError
+from jem.errors import ConfigError, DataError
 
 
 def config(root, **changes):
@@ -130,6 +130,50 @@ def test_a_layout_that_cannot_be_used_is_named(tmp_path, layout, message):
     fakes.folder(tmp_path, layout)
     with pytest.raises(DataError, match=message):
         load(config(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("layout", "message"),
+    [
+        (("train/a", "train/b", "valid/a", "valid/b"), "beside train, valid would not be read"),
+        (("train/a", "train/b", "val/a", "val/b", "validation/a"), "beside train, val would not be read"),
+        (
+            ("training/a", "training/b", "test/a", "test/b"),
+            "test, training would be taken for classes, there is no train",
+        ),
+        (("val/a", "val/b", "Test/a", "Test/b"), "Test, val would be taken for classes, there is no train"),
+    ],
+)
+def test_splits_by_other_names_are_neither_left_out_nor_taken_for_classes(tmp_path, layout, message):
+    fakes.folder(tmp_path, dict.fromkeys(layout, 4))
+    with pytest.raises(DataError, match=f"{tmp_path}: {message}; rename or move them: ROOT/train"):
+        describe(config(tmp_path))
+
+
+def test_folders_beside_the_splits_that_are_none_do_not_matter(tmp_path):
+    fakes.folder(tmp_path, dict.fromkeys(("train/a", "train/b", "annotations/2024", "test/a", "test/b"), 10))
+    assert sizes(load(config(tmp_path))) == {"train": 18, "validation": 2, "test": 20}
+
+
+def test_pictures_by_any_usual_name_are_read(tmp_path):
+    fakes.folder(tmp_path, {"a": 10, "b": 10})
+    for name in ("x.gif", "y.jfif", "z.JPE"):
+        Image.new("L", (9, 9), 7).save(tmp_path / "a" / name, format="GIF" if name == "x.gif" else "JPEG")
+    assert sum(sizes(load(config(tmp_path))).values()) == 23
+
+
+def test_pictures_that_are_not_read_are_not_left_out_in_silence(tmp_path):
+    fakes.folder(tmp_path, {"a": 10, "b": 10})
+    for name in ("y.heic", "x.AVIF"):
+        (tmp_path / "b" / name).write_bytes(b"0")
+    with pytest.raises(DataError, match=r"b/x.AVIF: is one of 2 images that are not read; convert or move them"):
+        describe(config(tmp_path))
+
+
+def test_a_size_of_a_split_that_the_folder_has_is_a_mistake(tmp_path):
+    fakes.folder(tmp_path, dict.fromkeys(("train/a", "train/b", "val/a", "val/b"), 10))
+    with pytest.raises(ConfigError, match=r"data.validation_size: is 4, but .* has a validation folder"):
+        describe(config(tmp_path, validation_size=4))
 
 
 def test_a_folder_that_is_not_there_is_named(tmp_path):

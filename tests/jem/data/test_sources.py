@@ -93,6 +93,7 @@ def test_describing_imports_no_torch(tmp_path):
         ("fashion_mnist", {"image_size": 32}, "data.image_size: is 32, which data.name=fashion_mnist"),
         ("cifar10", {"channels": 1}, "data.channels: is 1"),
         ("celeba", {"channels": 1}, "data.channels: is 1"),
+        ("celeba", {"validation_size": 7}, "data.validation_size: is 7"),
         ("parquet", {"validation_size": 7, "root": "/data"}, "data.validation_size: is 7"),
     ],
 )

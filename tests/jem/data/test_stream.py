@@ -3,6 +3,7 @@
 import gc
 import threading
 import time
+from dataclasses import replace
 
 import image_fakes as fakes
 import pytest
@@ -12,6 +13,7 @@ from jem.config import DataConfig
 from jem.data import parquet, stream
 from jem.data.batches import BatchSource
 from jem.data.sources import load
+from jem.data.splits import Split
 from jem.data.stream import Windows
 from jem.errors import ConfigError, DataError
 from jem.files import Location
@@ -160,6 +162,17 @@ def test_a_part_of_it_is_whole_row_groups_spread_over_it(data, split):
     assert max(rows) > 2 * len(split) / 3 > len(split) / 3 > min(rows)
     assert rows == sorted(set(rows))
     assert data.train.part() is data.train
+
+
+def test_a_part_that_lacks_classes_says_so(data, tmp_path, monkeypatch):
+    """Sorted by class, as an older jobs/prepare.py wrote folders."""
+    order = data.train.labels.argsort(stable=True)
+    rising = Split(data.train.images[order], data.train.labels[order])
+    parquet.write(replace(data, train=rising), Location.of(tmp_path / "sorted"), rows_per_group=2)
+    split = parquet.read(Location.of(tmp_path / "sorted"), stream=True).train
+    monkeypatch.setattr(stream, "WINDOW_BYTES", 1)
+    with pytest.warns(UserWarning, match=r"have none of .*: are the rows sorted by class\?"):
+        split.part()
 
 
 def damage(location, group):
