@@ -104,7 +104,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=seeds_of, default=range(1), help="as in 0-9")
     parser.add_argument("--steps", type=int, help="instead of the recipe's")
     parser.add_argument("--figures", action="store_true", help="keep the figures of every look")
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path)
     arguments = parser.parse_intermixed_args()
     torch.set_num_threads(1)
     changes = arguments.changes + ([f"steps={arguments.steps}"] if arguments.steps else [])
@@ -122,7 +122,8 @@ def main() -> None:
             "false alarms": sum(r["diverged"] is None and r["sick at"] is not None for r in runs),
             "runs": runs,
         }
-        arguments.out.write_text(json.dumps(summary, indent=1) + "\n")
+        if arguments.out:
+            arguments.out.write_text(json.dumps(summary, indent=1) + "\n")
 
 
 if __name__ == "__main__":

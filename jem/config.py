@@ -34,6 +34,8 @@ class ModelConfig(Settings):
         if self.name == "wide_resnet" and (self.depth - 4) % 6:
             near = (self.depth - 4) // 6 * 6 + 4
             yield "depth", f"is {self.depth}, must be 6 n + 4, such as {near} or {near + 6}"
+        if self.name == "small_conv" and not self.channels:
+            yield "channels", "is empty, must have an entry for each convolution, one at least"
         yield from _known(self.name, ("wide_resnet", "small_conv"))
         if self.options and ":" not in self.name:
             yield "options", f"are for a function of your own; model.name={self.name} takes none"

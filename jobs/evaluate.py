@@ -1,6 +1,6 @@
 """Measure a trained model:  python jobs/evaluate.py MODEL [key=value ...] [--against MODEL]
 
-python jobs/evaluate.py runs/digits-b7b778cc                  a run's newest checkpoint, or a checkpoint directory
+python jobs/evaluate.py runs/digits-0b0f8f3c                  a run's newest checkpoint, or a checkpoint directory
 python jobs/evaluate.py models:/jem-digits@champion           a registered model; runs:/ID for a run's
 python jobs/evaluate.py fashion_mnist                         the model that comes with the project
 python jobs/evaluate.py runs/JEM --against runs/CLASSIFIER    two models on the same images, and their differences

@@ -2,7 +2,7 @@
 
 python jobs/register.py fashion_mnist                         the model that comes with this project
 python jobs/register.py ./from_a_colleague storage_path=/data/runs
-python jobs/register.py runs/digits-b7b778cc tracking.uri=http://HOST:5000
+python jobs/register.py runs/digits-0b0f8f3c tracking.uri=http://HOST:5000
 
 MODEL is the folder of a portable model (model.json and what lies beside it), a run's folder, or a bundled name. It
 becomes a version of jem-DATA, so that models:/jem-DATA@champion and `mlflow models serve` find it; figures and

@@ -1,9 +1,9 @@
 """What runs there are, what is wrong with them, and the command to type next:  python jobs/runs.py [NAME ...]
 
 python jobs/runs.py                                  all runs in ./runs, a row a run, newest first
-python jobs/runs.py digits-ef7fc1ef                  one in detail; runs/digits-ef7fc1ef does as well
+python jobs/runs.py digits-0b0f8f3c                  one in detail; runs/digits-0b0f8f3c does as well
 python jobs/runs.py storage_path=s3://bucket/runs    those of another storage
-python jobs/runs.py --verify digits-ef7fc1ef         compare every byte of its checkpoints with its checksum
+python jobs/runs.py --verify digits-0b0f8f3c         compare every byte of its checkpoints with its checksum
 
 It only reads, and can be asked at any time. The last line on stdout is one JSON object, `runs` in it has an
 entry a run.

@@ -1,9 +1,9 @@
 """Draw images of a trained JEM:  python jobs/sample.py MODEL [key=value ...]
 
-python jobs/sample.py runs/digits-b7b778cc                     100 fresh chains, as long as those of the training
-python jobs/sample.py runs/digits-b7b778cc class=all           ten of each class, a row a class
+python jobs/sample.py runs/digits-0b0f8f3c                     100 fresh chains, as long as those of the training
+python jobs/sample.py runs/digits-0b0f8f3c class=all           ten of each class, a row a class
 python jobs/sample.py models:/jem-digits@champion class=3 steps=2000 count=30
-python jobs/sample.py runs/digits-b7b778cc init=buffer         the chains that the training left, as they stand
+python jobs/sample.py runs/digits-0b0f8f3c init=buffer         the chains that the training left, as they stand
 
 MODEL  a run's folder (its newest checkpoint), a checkpoint directory, the folder of a portable model or the name of
        one that comes with the project (fashion_mnist), models:/NAME@ALIAS, models:/NAME/VERSION, runs:/ID, or a

@@ -1,7 +1,7 @@
 """Score a Parquet data set of any size:  python jobs/score.py MODEL DATA OUT [key=value ...]
 
 python jobs/score.py models:/jem-digits@champion /data/digits ./scores split=test
-python jobs/score.py runs/digits-3839f591 photos.parquet ./scores column=picture keep=[id]
+python jobs/score.py runs/digits-0b0f8f3c photos.parquet ./scores column=picture 'keep=[id]'
 python jobs/score.py ./model s3://bucket/images s3://bucket/scores rows_per_unit=100000
 
 MODEL  the folder of a portable model, the name of one that comes with the project (fashion_mnist), a run's folder,

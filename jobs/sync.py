@@ -1,10 +1,10 @@
 """Send to MLflow what it did not take at the time:  python jobs/sync.py [NAME ...] [key=value ...]
 
 python jobs/sync.py                                        all runs in ./runs that MLflow has not got whole
-python jobs/sync.py digits-ef7fc1ef                        one; runs/digits-ef7fc1ef does as well
+python jobs/sync.py digits-0b0f8f3c                        one; runs/digits-0b0f8f3c does as well
 python jobs/sync.py digits_sgld-1f2e3d4c                   a sweep and its trials; .../trials/t003 is one of them
 python jobs/sync.py storage_path=/data/runs                those of another storage
-python jobs/sync.py digits-ef7fc1ef tracking.uri=http://HOST:5000
+python jobs/sync.py digits-0b0f8f3c tracking.uri=http://HOST:5000
                                                            to another MLflow, or where the URI has a password
 
 Every point and picture is there once, however often this is called. A run that is being worked on is left to its

@@ -73,8 +73,8 @@ class Attempt:
         log = EventLog(self.log_path)
         for path in self._summaries():
             log.append("artifact", path=path)
-        if (self.folder / SAMPLES).exists():
-            log.append("tags", tags={"mlflow.note.content": SHOWN.format(step=outcome.get("step"))})
+        if (self.folder / SAMPLES).exists() and "step" in outcome:  # the note of another picture stays
+            log.append("tags", tags={"mlflow.note.content": SHOWN.format(step=outcome["step"])})
         self._offer_model(outcome, log)
         log.append("end", status=status)
         log.close()

@@ -28,7 +28,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message}; see --help")
+        raise ConfigError(f"{message.replace(', key=value', '')}; see --help")  # settings may be left out
 
 
 class Lasting(io.TextIOWrapper):
@@ -76,6 +76,11 @@ def run_command(function: Callable[[], Result]) -> int:
         result = Result(status=error.status, message=str(error))
     except KeyboardInterrupt:
         result = Result(status="stopped", message="interrupted")
+    except ModuleNotFoundError as error:
+        if error.name not in ("torch", "ray", "mlflow", "pyarrow"):
+            traceback.print_exc()
+        remedy = "is the project's environment active? After `make demo`: source .venv/bin/activate"
+        result = Result(status="failed", message=f"{sys.executable} has no module {error.name!r}; {remedy}")
     except Exception as error:
         traceback.print_exc()
         result = Result(status="failed", message=f"{type(error).__name__}: {error}")

@@ -109,7 +109,9 @@ class EvaluateConfig(Measured):
     """What is measured, when, and on which weights; and what becomes of the final model."""
 
     register: bool = setting(True, doc="register the final model in MLflow, once per checkpoint")
-    model_name: str | None = setting(None, doc="of the registered model; none: jem-DATA, such as jem-digits")
+    model_name: str | None = setting(
+        None, doc="of the registered model; none: jem-DATA, such as jem-digits or jem-FOLDER"
+    )
     champion: str = setting(
         "nll",
         choices=("nll", "accuracy", "ece"),
@@ -154,6 +156,8 @@ class RunConfig(JEMConfig):
                     key,
                     "holds a password, which recipes would show; set AWS_ACCESS_KEY_ID and the like instead",
                 )
+        if self.storage_path in ("", "none", "None"):
+            yield "storage_path", f"is {self.storage_path!r}, must name a folder or a URI; leave it out for ./runs"
         if _bounds(self.workers) is None:
             yield "workers", f"is {self.workers!r}, must be N or MIN..MAX, such as 2 or 1..4"
         elif self.max_workers > self.batch_size:
@@ -191,7 +195,10 @@ class RunConfig(JEMConfig):
     @property
     def registered_name(self) -> str:
         """Of the registered model that the final model becomes a version of."""
-        return self.evaluate.model_name or "jem-" + re.sub(r"[^\w.-]+", "-", self.data.name, flags=re.ASCII)
+        name = self.data.name
+        if name in ON_DISK and self.data.root:
+            name = self.data.root.partition("?")[0].rstrip("/").rpartition("/")[2]
+        return self.evaluate.model_name or "jem-" + re.sub(r"[^\w.-]+", "-", name, flags=re.ASCII)
 
     @property
     def science(self) -> dict[str, Any]:

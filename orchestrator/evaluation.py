@@ -65,6 +65,10 @@ def evaluate_model(source: str, other: str | None, arguments: Sequence[str], con
     opened = [open_model(s, _fit_for(s, arguments) if other else arguments) for s in (source, other) if s is not None]
     if any(one.config.evaluate.suite == "none" for one in opened):
         raise ConfigError([Problem("evaluate.suite", "is none, which measures nothing; give fast, full or paper")])
+    digests = {one.data_digest for one in opened} - {None}
+    if len(digests) > 1:
+        known = ", ".join(f"{one.source}: {one.config.data.name}, digest {str(one.data_digest)[:12]}" for one in opened)
+        raise ConfigError(f"--against: the models are of different data ({known}); both must have the same test images")
     done = [report_of(one, workers) for one in opened]
     first = done[0]
     if other is None:
@@ -179,7 +183,7 @@ def _key(opened: Opened) -> str:
     """Names what is measured: equal keys, equal figures."""
     settings, config = opened.config.evaluate, opened.config
     described = {key: value for key, value in config.science.items() if key.startswith(("model.", "data."))}
-    names: tuple[str, ...] = FAST_SETS
+    names = settings.sets or FAST_SETS
     further = {
         "attack": [flatten(settings.attack), _version("foolbox")],
         "generate": [flatten(settings.generate), _version("torch-fidelity")],

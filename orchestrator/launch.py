@@ -22,7 +22,7 @@ from orchestrator.facts import facts
 from orchestrator.mirror import Mirror
 from orchestrator.progress import Progress, follow
 from orchestrator.ray_cluster import start_ray, train_on_ray
-from orchestrator.registry import resolve_model
+from orchestrator.registry import check_source, resolve_model
 from orchestrator.result import Result
 from orchestrator.runs import RunRecord, lock, open_record, storage_of, write_config
 from orchestrator.signals import StopSignals
@@ -44,9 +44,7 @@ def launch(config: RunConfig, fresh: bool = False) -> Result:
     uri, artifact_root = default_uri(storage, config.tracking.uri)
     assert config.name
     root = storage / config.name
-    check_folder(config)
-    if config.evaluate.complete:
-        check_sets(config.evaluate.sets, config.data)  # now, not when all is trained
+    check_before(config)
     with lock(root):
         record = open_record(root, config, fresh)
         done = record.status == "finished" and record.result and record.result["step"] >= config.steps
@@ -55,6 +53,14 @@ def launch(config: RunConfig, fresh: bool = False) -> Result:
             return attempt.read_out()
         write_config(root, config)
         return attempt.run()
+
+
+def check_before(config: RunConfig) -> None:
+    """What would be found out when Ray is up, or when all is trained. Raises ConfigError or DataError."""
+    check_folder(config)
+    if config.evaluate.suite != "none":
+        check_sets(config.evaluate.sets, config.data)
+    check_source(config.init_from)
 
 
 class Launch(Attempt):
@@ -90,6 +96,7 @@ class Launch(Attempt):
         if sending:
             self.uploader.start()
             result.run_id = self.uploader.finish(result.status, timeout=UPLOAD_S)
+            result.tracking_uri = self.tracking_uri
             self.remember(result)
         elif result.model is None:
             self._name_model(result)
@@ -104,7 +111,11 @@ class Launch(Attempt):
         for key in ("register", "model_name", "champion", "input_layout", "input_dtype"):
             now = plain(getattr(self.config.evaluate, key))
             if now != before.get(key, now):
-                again = f"python jobs/register.py {self.root.uri} registers it again, --fresh trains it anew"
+                again = "--fresh trains it anew"
+                if not key.startswith("input_"):
+                    changed = f" evaluate.{key}={now}" if key != "register" else ""
+                    places = f"storage_path={self.config.storage_path} tracking.uri={self.tracking_uri}"
+                    again = f"python jobs/register.py {self.root.uri}{changed} {places} registers it again, {again}"
                 print(
                     f"evaluate.{key}={now} changes nothing: {self.record.name} has finished; {again}", file=sys.stderr
                 )

@@ -215,7 +215,7 @@ def _config(recorded: Mapping[str, Any], changes: Mapping[str, Entry], free: tup
     problems = [
         Problem(
             key,
-            f"is not for an evaluation to change; what may be said: {', '.join(MEASURED)}, data.root, device",
+            f"is not to be changed of a model that is trained; what may be said: {', '.join(FREE)}, workers",
             entry.origin,
         )
         for key, entry in changes.items()

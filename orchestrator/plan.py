@@ -11,16 +11,18 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from jem.data.catalog import DataSpec, describe
 from jem.data.stream import WINDOW_BYTES
+from jem.errors import DataError
 from jem.models import make_network
 from jem.train import dtype_of
-from orchestrator.config import RunConfig, check_folder, to_yaml
+from orchestrator.config import RunConfig, to_yaml
+from orchestrator.launch import check_before
 from orchestrator.result import Result
 from orchestrator.runs import planned_storage
 
 
 def plan(config: RunConfig) -> Result:
     """Print the resolved configuration and what it costs; the same figures as a Result."""
-    check_folder(config)
+    check_before(config)
     spec = describe(config.data)
     print(to_yaml(config))
     several, counts = _several(config)
@@ -36,6 +38,8 @@ def plan(config: RunConfig) -> Result:
     width = max(len(label) for label, _ in rows)
     for label, text in rows:
         print(f"{label:<{width}}  {text}")
+    if spec.where.endswith("(missing)"):
+        raise DataError(f"data.root: {spec.where}: the run would end at once; say where the images are")
     return Result(name=name, step=0, metrics=metrics | counts, status="planned")
 
 

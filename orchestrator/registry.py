@@ -38,6 +38,12 @@ def model_folder(source: str, uri: str | None, storage: str, target: Path) -> Fo
     return Found(cards[0].parent, uri, run_id)
 
 
+def check_source(source: str | None) -> None:
+    """Raises DataError if `init_from` is a local path where nothing is."""
+    if source is not None and "://" not in source and not source.startswith(SCHEMES) and not Path(source).exists():
+        raise DataError(f"init_from: there is no {source}; give a checkpoint directory, .safetensors or .pt")
+
+
 def resolve_model(source: str | None, root: Location, tracking_uri: str) -> str | None:
     """`init_from` as a path every worker can read: a model of MLflow's is copied into the run's folder."""
     if source is None or not source.startswith(SCHEMES):

@@ -13,6 +13,8 @@ from orchestrator.signals import StopSignals
 CLOSING_S = 7.0
 """Of the time that a signal leaves (signals.STOP_WITHIN_S): for what follows the workers' last checkpoint."""
 
+_TOO_LATE = "stopped before the workers ended by themselves; what was saved last is there, and the same command goes on"
+
 
 def wait_for_ray(
     work: Callable[[], dict[str, Any]],
@@ -50,7 +52,7 @@ def wait_for_ray(
         if stopped or signals.left < CLOSING_S:
             if all_stopped is None:
                 leave_ray(patience_s=CLOSING_S / 2)
-            by_themselves = "stopped on request" if stopped else "stopped before the workers ended by themselves"
+            by_themselves = "stopped on request" if stopped else _TOO_LATE
             return {"status": "stopped", "message": by_themselves}
     if isinstance(box[0], BaseException):
         raise box[0]

@@ -108,15 +108,14 @@ def prepare(network: nn.Module, data: DataSet, config: JEMConfig, settings: Eval
     left_out: dict[str, str] = {}
     labels: dict[str, Tensor] = {}
     more: list[Pass] = []
-    names: tuple[str, ...] = FAST_SETS
+    names = settings.sets or FAST_SETS
     if settings.complete:
         left_out = baselines_left_out(network, data.train)
         if config.data.labels_per_class is not None:
             reason = f"it needs the labels of all training images; the run had {config.data.labels_per_class} a class"
             left_out.setdefault("mahalanobis", reason)
         images["train"] = data.train.images
-        names = settings.sets
-        if not names:
+        if not settings.sets:
             names, absent = others.default_sets(config.data, data.image_shape)
             left_out |= absent
         if settings.generate.inception is not None and config.objective.samples_needed:

@@ -27,6 +27,7 @@ from jem.evaluate.measured import Measured
 from jem.evaluate.passes import Part, Pass, run_pass
 from jem.evaluate.report import plain
 from jem.evaluate.robustness import distal
+from jem.evaluate.sets import interpolations
 from jem.evaluate.suite import compute_here, evaluate, prepare
 from jem.world import World
 
@@ -57,8 +58,12 @@ ALL_SCORES = {"log_px", "max_py", "approx_mass", "refine", "refine_l2"} | {
 
 
 def checkerboard(n, generator):
-    """Two classes: the brightness of the left half says which."""
-    labels = torch.arange(n) % 2
+    """Two classes, by the brightness of the left half; of each image and its other in `interpolations`, one of each."""
+    rows = torch.arange(n)
+    others = (2 * interpolations(rows[:, None, None, None].double()).flatten() - rows).long()
+    labels, row = torch.zeros(n, dtype=torch.int64), 0
+    for i in range(n):
+        labels[row], row = i % 2, int(others[row])
     images = torch.randint(0, 40, (n, 1, 4, 4), generator=generator)
     images[:, :, :, :2] += (215 * labels)[:, None, None, None]
     return Split(images.to(torch.uint8), labels)

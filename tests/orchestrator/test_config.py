@@ -239,6 +239,8 @@ def test_a_run_is_named_after_the_recipes_file(recipe):
     [
         ((), "jem-digits"),
         (("data.name=my.images:all_of_them", "data.crop_padding=0"), "jem-my.images-all_of_them"),
+        (("data.name=parquet", "data.root=./my photos/32x32/", "data.crop_padding=0"), "jem-32x32"),
+        (("data.name=parquet", "data.root=s3://bucket/photos?region=x", "data.crop_padding=0"), "jem-photos"),
         (("evaluate.model_name=mine-2",), "mine-2"),
         (("evaluate.model_name=none",), "jem-digits"),
     ],
@@ -583,3 +585,15 @@ def test_a_password_in_a_stores_uri_is_refused_and_not_repeated():
         assert f"{key}: holds a password" in str(caught.value)
         assert "CRET" not in str(caught.value)
     load_run_config("digits", ["storage_path=s3://bucket/a:b@c"])
+
+
+@pytest.mark.parametrize("nothing", ["", "none", "None"])
+def test_a_storage_without_a_name_is_refused(nothing):
+    """An empty variable of a shell would put runs into the working directory."""
+    with pytest.raises(ConfigError, match=r"storage_path: is .* must name a folder or a URI"):
+        load_run_config("digits", [f"storage_path={nothing}"])
+
+
+def test_a_network_without_convolutions_is_refused():
+    with pytest.raises(ConfigError, match=r"model.channels: is empty"):
+        load_run_config("digits", ["model.channels=[]"])

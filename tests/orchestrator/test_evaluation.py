@@ -79,6 +79,24 @@ def points(runs, result):
     return [(m.key, m.step, m.value) for key in keys for m in client.get_metric_history(result.run_id, key)]
 
 
+def test_models_of_different_data_are_not_compared_and_nothing_is_measured_first(made, monkeypatch):
+    _, first, second, _ = made
+    opened = {str(first): open_model(str(first), [FAST]), str(second): open_model(str(second), [FAST])}
+    opened[str(second)] = replace(opened[str(second)], data_digest="f" * 64)
+    monkeypatch.setattr(evaluation, "open_model", lambda source, _: opened[source])
+    monkeypatch.setattr(evaluation, "report_of", lambda *_: pytest.fail("it was measured"))
+    with pytest.raises(ConfigError, match=r"--against: the models are of different data .*digest ffffffffffff"):
+        evaluate_model(str(first), str(second), [FAST], Console(file=io.StringIO()))
+
+
+def test_the_fast_suite_measures_the_sets_that_are_asked_for(made):
+    storage, first, _, _ = made
+    arguments = [FAST, "evaluate.sets=[constant]", f"storage_path={storage}"]
+    done = report_of(open_model(str(first), arguments))
+    assert set(done.report["ood"]) == {"constant"}
+    assert set(done.report["ood"]["constant"]["scores"]) == {"log_px", "max_py", "approx_mass"}
+
+
 def test_a_run_is_evaluated_once_and_then_read_and_mlflow_has_every_figure_once(runs, monkeypatch):
     uri = f"sqlite:///{runs / 'mlflow.db'}"
     experiment = MlflowClient(uri).create_experiment("jem", str(runs / "mlartifacts"))

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from jem.data.batches import Batch
+from jem.errors import JEMError
 from jem.settings import override
 from jem.train import start, train_step
 from jem.world import World
@@ -166,3 +167,17 @@ def test_the_folder_is_where_the_run_would_be(tmp_path, capsys):
     planned = plan(config(f"storage_path={tmp_path}/runs"))
     assert f"{tmp_path}/runs/{planned.name}" in capsys.readouterr().out
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["init_from=/nowhere/model.safetensors"], "init_from: there is no /nowhere/model.safetensors"),
+        (["evaluate.suite=fast", "evaluate.sets=[nosuch]"], "evaluate.sets: 'nosuch' is no set"),
+        (["data.name=imagefolder", "data.root=/nowhere"], r"data.root: /nowhere \(missing\)"),
+        (["data.name=parquet", "data.root=/nowhere"], r"data.root: /nowhere \(missing\)"),
+    ],
+)
+def test_what_the_run_would_refuse_is_refused(settings, message):
+    with pytest.raises(JEMError, match=message):
+        plan(config(*settings))
