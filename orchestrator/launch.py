@@ -45,12 +45,15 @@ def launch(config: RunConfig, fresh: bool = False) -> Result:
     assert config.name
     root = storage / config.name
     check_before(config)
+    if fresh:
+        check_source(config.init_from)
     with lock(root):
         record = open_record(root, config, fresh)
         done = record.status == "finished" and record.result and record.result["step"] >= config.steps
         attempt = Launch(config, root, record, uri, artifact_root)
         if done:
             return attempt.read_out()
+        check_source(config.init_from)  # of a run that is finished it may be gone
         write_config(root, config)
         return attempt.run()
 
@@ -60,7 +63,6 @@ def check_before(config: RunConfig) -> None:
     check_folder(config)
     if config.evaluate.suite != "none":
         check_sets(config.evaluate.sets, config.data)
-    check_source(config.init_from)
 
 
 class Launch(Attempt):

@@ -16,6 +16,7 @@ from jem.models import make_network
 from jem.train import dtype_of
 from orchestrator.config import RunConfig, to_yaml
 from orchestrator.launch import check_before
+from orchestrator.registry import check_source
 from orchestrator.result import Result
 from orchestrator.runs import planned_storage
 
@@ -23,6 +24,7 @@ from orchestrator.runs import planned_storage
 def plan(config: RunConfig) -> Result:
     """Print the resolved configuration and what it costs; the same figures as a Result."""
     check_before(config)
+    check_source(config.init_from)
     spec = describe(config.data)
     print(to_yaml(config))
     several, counts = _several(config)

@@ -13,10 +13,10 @@ from typing import Any
 
 import psutil
 
-from jem.evaluate.others import check_sets
 from jem.files import Location
 from jem.settings import digest
-from orchestrator.config import check_folder, shown
+from orchestrator.config import shown
+from orchestrator.launch import check_before
 from orchestrator.mlflow_run import RunSpec
 from orchestrator.ray_cluster import Cluster, cores
 from orchestrator.result import Result
@@ -51,10 +51,7 @@ class AblationResult(Result):
 def run_ablation(sweep: Sweep, fresh: bool = False) -> AblationResult:
     """Train all arms with all seeds, or go on with those that are left, or read out what came of them."""
     for arm in sweep.arms:
-        config = trial_config(sweep, arm.point)
-        check_folder(config)
-        if config.evaluate.complete:
-            check_sets(config.evaluate.sets, config.data)  # now, not when all is trained
+        check_before(trial_config(sweep, arm.point))
     storage = storage_of(trial_config(sweep, {}, name=sweep.name))
     root = storage / sweep.name
     with lock(root):

@@ -56,7 +56,7 @@ class SweepResult(Result):
 def run_sweep(sweep: Sweep, fresh: bool = False) -> SweepResult:
     """Search, train the finalists, decide; or go on with that; or read out what came of it."""
     check_folder(sweep.run)
-    if load_run_config(sweep.config.base, []).evaluate.complete:
+    if load_run_config(sweep.config.base, []).evaluate.suite != "none":
         check_sets(sweep.run.evaluate.sets, sweep.run.data)  # of the winner: now, not when all is trained
     storage = storage_of(trial_config(sweep, {}, name=sweep.name))
     root = storage / sweep.name

@@ -13,9 +13,9 @@ from typing import Any
 
 import psutil
 
-from jem.evaluate.others import check_sets
 from jem.files import Location
-from orchestrator.config import DEFAULTS, RunConfig, check_folder, shown, to_yaml
+from orchestrator.config import DEFAULTS, RunConfig, shown, to_yaml
+from orchestrator.launch import check_before
 from orchestrator.ray_cluster import Cluster, cores
 from orchestrator.result import Result
 from orchestrator.runs import lock, storage_of
@@ -46,9 +46,7 @@ class SeedsResult(Result):
 
 def run_seeds(config: RunConfig, fresh: bool = False) -> SeedsResult:
     """Train with all seeds, or go on with those that are left, or read out what came of them."""
-    check_folder(config)
-    if config.evaluate.complete:
-        check_sets(config.evaluate.sets, config.data)  # now, not when all is trained
+    check_before(config)
     storage = storage_of(config)
     root = storage / f"{config.name}{SUFFIX}"
     with lock(root):
