@@ -18,6 +18,7 @@ FIGURES = {
     "accuracy": "test/accuracy",
     "NLL": "test/nll",
     "ECE": "test/ece",
+    "ECE at temperature": "test_scaled/ece",
     "AUROC log p(x), midpoints": "ood/interp/log_px/auroc",
     "uniform noise": "ood/uniform/log_px/auroc",
     "mnist5k": "ood/mnist5k/log_px/auroc",
