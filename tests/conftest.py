@@ -1,6 +1,10 @@
 """For all tests: the shapes in annotations are executed, and torch has one thread."""
 
+import fcntl
+import os
+import sqlite3
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -34,6 +38,29 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture
 def generator():
     return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def migrated(tmp_path_factory, sealed_environment):
+    """A database of MLflow with its tables and nothing in them: making these takes seconds, copying the file does not.
+
+    One for all of pytest's processes, and made only if a test wants it.
+    """
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent  # of this run, and common to its workers
+    database = folder / "migrated.db"
+    with (folder / "migrated.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not database.exists():
+            from mlflow import MlflowClient
+
+            made = folder / "made.db"
+            MlflowClient(f"sqlite:///{made}", f"sqlite:///{made}").search_experiments()
+            with closing(sqlite3.connect(made)) as connection:
+                connection.execute("VACUUM INTO ?", (f"{database}.part",))
+            os.replace(f"{database}.part", database)
+    return database
 
 
 @pytest.fixture(scope="session", autouse=True)
