@@ -30,9 +30,17 @@ import torch  # noqa: E402
 torch.set_num_threads(1)  # small tensors, and other tests beside these
 
 
+HEAVY = (
+    *("train_on_ray", "evaluation", "score_command", "compiled", "data_parallel", "worker", "density", "generation"),
+    *("tracking", "sweep_upload", "mlflow_page", "pyfunc_model", "recovery"),
+)
+"""The files that take longest, the longest first."""
+
+
 def pytest_collection_modifyitems(items):
-    """The files that take minutes come first."""
-    items.sort(key=lambda item: item.get_closest_marker("ray") is None)
+    """Files are begun in this order (--dist loadfile --no-loadscope-reorder): none that takes minutes is the last."""
+    place = {f"test_{name}": number for number, name in enumerate(HEAVY)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(HEAVY)))
 
 
 @pytest.fixture
