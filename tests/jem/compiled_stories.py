@@ -20,7 +20,7 @@ from jem.world import World
 
 SHAPE = (1, 8, 8)
 SETTINGS = {
-    **{"model.name": "small_conv", "model.channels": (4, 8), "batch_size": 6, "replay.capacity": 12},
+    **{"model.name": "small_conv", "model.channels": (4,), "batch_size": 6, "replay.capacity": 12},
     **{"sgld.steps": 3, "optimizer.warmup_steps": 0, "precision": "bf16", "compile": True},
 }
 

@@ -291,13 +291,15 @@ def test_chains_get_longer_while_the_model_outruns_them_and_shorter_again_within
     length = torch.tensor(10.0)
     assert adapted_length(length, torch.tensor(0.0), config) == 10
     for gap, expected in ((-5.0, 40.0), (-0.02, 40.0), (0.3, 10.0)):
-        before = length
         for _ in range(300):
-            length = adapted_length(length, torch.tensor(gap), config)
-            assert (length <= before) == (gap > 0) or length == before
+            before, length = length, adapted_length(length, torch.tensor(gap), config)
+            assert length <= before if gap > 0 else length >= before
+            assert length != before or length == expected
         assert length == expected
     one = adapted_length(torch.tensor(20.0), torch.tensor(-100.0), config)
     assert one == pytest.approx(20 * math.exp(0.05))
+    one = adapted_length(torch.tensor(20.0), torch.tensor(0.1), config)
+    assert one == pytest.approx(20 * math.exp(-0.05 * math.tanh(1)))
     for bad in (math.nan, math.inf):
         assert adapted_length(torch.tensor(20.0), torch.tensor(bad), config) == 20
 

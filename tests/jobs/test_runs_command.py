@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from commands import Ended
 
 from jem.files import Location
 from jem.settings import digest
+from jobs import sync as job
 from orchestrator.config import load_run_config
 from orchestrator.events import EventLog
 from orchestrator.result import Result
@@ -93,9 +95,10 @@ def test_the_next_command_is_accepted_as_it_is_printed(tmp_path):
     assert "clamp: 1.5" in planned.out
 
 
-def test_sync_sends_a_run_and_says_which_it_cannot(tmp_path):
+def test_sync_sends_a_run_and_says_which_it_cannot(migrated, tmp_path, here):
     made(tmp_path, "one")
     made(tmp_path, "two", "tracking.uri=http://127.0.0.1:9")
+    shutil.copyfile(migrated, tmp_path / "runs" / "mlflow.db")
     ended = call(tmp_path, ROOT / "jobs" / "sync.py")
     assert ended.code == 1
     assert {run["name"]: run["status"] for run in ended.result["runs"]} == {"one": "sent", "two": "failed"}
@@ -103,4 +106,4 @@ def test_sync_sends_a_run_and_says_which_it_cannot(tmp_path):
         points = connection.execute("SELECT key, step FROM metrics ORDER BY step").fetchall()
     assert points == [("train/loss", 1), ("train/loss", 2), ("train/loss", 3)]
     assert json.loads((tmp_path / "runs" / "one" / "run.json").read_text())["mlflow"]["complete"]
-    assert call(tmp_path, ROOT / "jobs" / "sync.py", "one").code == 0
+    assert here(job.sync, "one").code == 0

@@ -15,6 +15,7 @@ from jem.config import JEMConfig, ModelConfig
 from jem.models import small_conv
 from jem.predict import Card, Predictor, save
 from jem.settings import flatten
+from jobs import sample as job
 
 SHAPE = (1, 8, 8)
 HEAVY = {"torch", "ray", "mlflow", "sklearn", "matplotlib", "PIL"}
@@ -69,8 +70,8 @@ def test_the_last_line_says_where_the_samples_are_and_the_model_takes_them(folde
     assert sum(result["predicted"].values()) == 10
 
 
-def test_divergence_ends_it_with_exit_code_4_and_nothing_is_written(folder):
-    ended = call(folder, "model", "count=2", "steps=5", "sgld.step_size=1e39", "out=drawn")
+def test_divergence_ends_it_with_exit_code_4_and_nothing_is_written(folder, here):
+    ended = here(job.sample, "model", "count=2", "steps=5", "sgld.step_size=1e39", "out=drawn")
     assert (ended.code, ended.result["status"]) == (4, "diverged"), ended.err
     assert "not finite at step" in ended.result["message"]
     assert "Traceback" not in ended.err

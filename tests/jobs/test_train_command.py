@@ -10,6 +10,7 @@ import sys
 import pytest
 from commands import TRAIN, bring, imported, train
 
+from jobs import train as job
 from orchestrator.config import load_run_config
 from orchestrator.runs import RunRecord
 
@@ -73,18 +74,18 @@ def test_a_reader_that_goes_is_no_error(tmp_path, buffered):
     assert (process.stderr.read(), process.wait()) == ("", 0)
 
 
-def test_options_may_stand_anywhere(tmp_path):
-    ended = train(tmp_path, "--dry-run", "digits", "workers=1", "--fresh", "seed=3")
+def test_options_may_stand_anywhere(here):
+    ended = here(job.train, "--dry-run", "digits", "workers=1", "--fresh", "seed=3")
     assert ended.code == 0, ended.err
     assert "seed: 3" in ended.out
 
 
-def test_a_function_of_ones_own_is_found_where_the_command_is_typed(tmp_path):
+def test_a_function_of_ones_own_is_found_where_the_command_is_typed(tmp_path, here):
     bring(tmp_path, "slow_net.py")
     ended = train(tmp_path, "digits", "--dry-run", "model.name=slow_net:slow", "model.channels=[4]")
     assert ended.code == 0, ended.err
     assert ended.result["metrics"]["parameters"] == 40 + 4 * 64 * 10 + 10
-    missing = train(tmp_path, "digits", "--dry-run", "model.name=other:slow")
+    missing = here(job.train, "digits", "--dry-run", "model.name=other:slow")
     assert missing.code == 2
     assert "there is no module 'other'" in missing.result["message"]
 

@@ -3,8 +3,6 @@
 import sqlite3
 from pathlib import Path
 
-from orchestrator.mlflow_run import MLflowRun, RunSpec
-
 
 class Store:
     """An MLflow store of the test's own, and what is in it."""
@@ -39,12 +37,3 @@ class Store:
     def files(self, run_id):
         root = self.artifacts / run_id / "artifacts"
         return sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.is_file())
-
-
-def empty_store(folder):
-    """A store with its tables, and nothing in them: making these takes seconds, copying the file does not."""
-    store = Store(folder)
-    MLflowRun(RunSpec(store.uri, "warm up", "none", str(store.artifacts)), None, "token")
-    store.rows("DELETE FROM tags")
-    store.rows("DELETE FROM runs")
-    return store

@@ -34,7 +34,7 @@ GENTLE = (
     *("evaluate.suite=full", "evaluate.sets=[interp,uniform]"),
     *("evaluate.attack.images=30", "evaluate.attack.refine=[0,1]", "evaluate.attack.copies=2"),
     *("evaluate.attack.steps=3", "evaluate.attack.min_norm_steps=5", "evaluate.attack.queries=5"),
-    *("evaluate.generate.samples=40", "evaluate.generate.chains=2"),
+    *("evaluate.generate.samples=40", "evaluate.generate.chains=2", "evaluate.generate.lengths=[1,10]"),
 )
 
 
@@ -73,6 +73,21 @@ def evaluated(model, *settings, against=None, console=None):
     return evaluate_model(str(model), against and str(against), list(settings), console or say())
 
 
+@pytest.fixture
+def tables(migrated, runs):
+    """MLflow's database beside the runs, with nothing in it."""
+    shutil.copyfile(migrated, runs / "mlflow.db")
+
+
+@pytest.fixture(scope="module")
+def measured(made, tmp_path_factory):
+    """(evaluations, result) of the first run under the settings GENTLE, in one process: half a minute."""
+    run = tmp_path_factory.mktemp("measured") / "one"
+    shutil.copytree(made[1], run)
+    result = evaluated(run, *GENTLE)
+    return run / "evaluations", result
+
+
 def points(runs, result):
     client = MlflowClient(f"sqlite:///{runs / 'mlflow.db'}")
     keys = client.get_run(result.run_id).data.metrics
@@ -97,7 +112,7 @@ def test_the_fast_suite_measures_the_sets_that_are_asked_for(made):
     assert set(done.report["ood"]["constant"]["scores"]) == {"log_px", "max_py", "approx_mass"}
 
 
-def test_a_run_is_evaluated_once_and_then_read_and_mlflow_has_every_figure_once(runs, monkeypatch):
+def test_a_run_is_evaluated_once_and_then_read_and_mlflow_has_every_figure_once(runs, tables, monkeypatch):
     uri = f"sqlite:///{runs / 'mlflow.db'}"
     experiment = MlflowClient(uri).create_experiment("jem", str(runs / "mlartifacts"))
     own = MlflowClient(uri).create_run(experiment, run_name="one").info.run_id
@@ -159,9 +174,9 @@ def test_all_names_of_a_model_lead_to_the_same_figures(runs, made):
     assert Predictor.load(folder).card.threshold == reports[0]["threshold"]["log_px"]
 
 
-def test_two_models_are_compared_on_the_same_images(runs):
+def test_two_models_are_compared_on_the_same_images(runs, tables):
     text = io.StringIO()
-    result = evaluated(runs / "one", FAST, against=runs / "two", console=Console(file=text, width=120))
+    result = evaluated(runs / "one", FAST, against=runs / "two", console=Console(file=text, width=160))
     rows = json.loads(Path(result.against).read_text())["rows"]
     one, two = (report_of(open_model(str(runs / name), [FAST])).report for name in ("one", "two"))
     accuracy = next(row for row in rows if row["metric"] == "accuracy")
@@ -169,7 +184,9 @@ def test_two_models_are_compared_on_the_same_images(runs):
     assert result.difference["accuracy"] == accuracy["difference"]
     assert accuracy["difference"][0] == pytest.approx(one["test"]["accuracy"][0] - two["test"]["accuracy"][0])
     assert {"against.png", "against_reliability.png"} <= {path.name for path in Path(result.against).parent.iterdir()}
-    assert "difference" in text.getvalue() or "A - B" in text.getvalue()
+    row = next(line for line in text.getvalue().splitlines() if line.split()[:1] == ["accuracy"])
+    printed = [f"{one['test']['accuracy'][0]:.4f} [", f"{two['test']['accuracy'][0]:.4f} ["]
+    assert all(part in row for part in [*printed, f"{accuracy['difference'][0]:+.4f} ["]), row
     client = MlflowClient(f"sqlite:///{runs / 'mlflow.db'}")
     folder = f"evaluations/{Path(result.against).parent.name}"
     assert f"{folder}/against.json" in [file.path for file in client.list_artifacts(result.run_id, folder)]
@@ -183,10 +200,9 @@ def test_an_evaluation_waits_for_what_an_autoscaler_brings_and_refuses_what_nobo
 
 
 @pytest.mark.ray
-def test_figures_are_the_same_bits_on_two_ray_workers_as_on_none(runs):
-    alone = evaluated(runs / "one", *GENTLE)
+def test_figures_are_the_same_bits_on_two_ray_workers_as_on_none(runs, tables, measured):
+    _, alone = measured
     outputs = (Path(alone.report).parent / "outputs.safetensors").read_bytes()
-    shutil.rmtree(Path(alone.report).parent)
     spread = evaluated(runs / "one", *GENTLE, "workers=2")
     assert not spread.cached
     assert spread.metrics == alone.metrics
@@ -195,7 +211,10 @@ def test_figures_are_the_same_bits_on_two_ray_workers_as_on_none(runs):
     assert "robust_k1/l2/1/worst/accuracy" in spread.metrics
 
 
-def test_attacks_and_samples_of_two_models_are_on_one_plot_and_in_mlflow_with_the_extractors_hash(runs):
+def test_attacks_and_samples_of_two_models_are_on_one_plot_and_in_mlflow_with_the_extractors_hash(
+    runs, tables, measured
+):
+    shutil.copytree(measured[0], runs / "one" / "evaluations")
     text = io.StringIO()
     result = evaluated(runs / "one", *GENTLE, against=runs / "two", console=Console(file=text, width=160))
     report, against = (json.loads(Path(path).read_text()) for path in (result.report, result.against))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sqlite3
 
 import pytest
@@ -19,11 +20,12 @@ TINY = ("steps=4", "batch_size=8", "model.channels=[4]", "replay.capacity=16", "
 
 
 @pytest.fixture
-def finished(tmp_path):
+def finished(migrated, tmp_path):
     """(configuration, folder) of a finished run whose MLflow was down: nothing was sent."""
     config = load_run_config("digits", [*TINY, f"storage_path={tmp_path}/runs"])
     folder = tmp_path / "runs" / "done"
     folder.mkdir(parents=True)
+    shutil.copyfile(migrated, folder.parent / "mlflow.db")
     log = EventLog(folder / "events.jsonl")
     log.append("attempt", attempt=1, step=0, workers=2)
     log.append("metrics", step=4, metrics={"test/accuracy": 0.5})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -145,10 +146,11 @@ def test_a_network_of_the_users_own_goes_along(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def server(tmp_path):
+def server(migrated, tmp_path):
     """The address of `mlflow models serve` for the champion of a registered model, and that model's folder."""
     from mlflow import MlflowClient
 
+    shutil.copyfile(migrated, tmp_path / "mlflow.db")
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     client = MlflowClient(uri, uri)
     run_id = client.create_run(client.create_experiment("jem", f"{tmp_path}/artifacts")).info.run_id

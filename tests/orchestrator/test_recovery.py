@@ -202,7 +202,7 @@ def test_a_damaged_record_is_an_error_that_names_the_file_and_the_remedy(tmp_pat
 # Runs that diverge by themselves: the learning rate is 30 times what is good for them.
 
 UNSTABLE = (
-    *(HOOKED, "seed=2", "steps=100", "optimizer.learning_rate=0.3", "checkpoint.every=10", "evaluate.every=40"),
+    *(HOOKED, "seed=2", "steps=60", "optimizer.learning_rate=0.3", "checkpoint.every=10", "evaluate.every=40"),
     *("recovery.every=5", "recovery.healthy_steps=15", "recovery.relax_steps=40", "recovery.max=30"),
     "recovery.ladder=[seed,optimizer.learning_rate*0.1,optimizer.learning_rate*0.01]",
 )
@@ -240,7 +240,7 @@ def whole(tmp_path_factory):
 
 def test_a_run_that_diverges_goes_back_by_itself_and_finishes(whole):
     folder, outcome = whole
-    assert (outcome["status"], outcome["step"], outcome["message"]) == ("finished", 100, "")
+    assert (outcome["status"], outcome["step"], outcome["message"]) == ("finished", 60, "")
     assert newest(folder).info["rollbacks"] == len(made(folder))
     for entry in made(folder):
         assert entry["to"] == 0 or entry["to"] + 15 <= entry["diverged_at"]
@@ -370,6 +370,16 @@ def test_steps_after_a_rollback_are_the_same_data_with_other_chains(tmp_path):
     first, again = (e["metrics"] for e in log_of(tmp_path, "metrics") if e["step"] == 9)
     assert again["train/energy_data"] == first["train/energy_data"]
     assert again["train/energy_samples"] != first["train/energy_samples"]
+
+
+def test_a_run_that_stays_healthy_after_a_rollback_trains_with_its_own_settings_again(tmp_path):
+    """Steps 5 and 6 are lost, it goes back to 4; from the 4th step after 6 on the remedy is taken back."""
+    ladder = ("recovery.ladder=[optimizer.learning_rate*0.5]", "recovery.relax_steps=4")
+    looks = ("recovery.every=2", "recovery.healthy_steps=2", "tracking.every=1", "evaluate.every=12")
+    fit(tmp_path, HOOKED, "optimizer.warmup_steps=0", *ladder, *looks, hooks={5: poison, 7: heal})
+    assert [(entry["diverged_at"], entry["to"]) for entry in made(tmp_path)] == [(6, 4)]
+    rates = {step: value for (key, step), value in last_points(tmp_path).items() if key == "train/learning_rate"}
+    assert rates == {step: 0.005 if 4 < step <= 10 else 0.01 for step in range(1, 13)}
 
 
 def test_what_validation_finds_is_a_divergence_like_any_other(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 from made_models import portable
@@ -15,11 +16,12 @@ pytestmark = pytest.mark.timeout(180)
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory):
+def store(migrated, tmp_path_factory):
     """(client, run id, artifacts)."""
     from mlflow import MlflowClient
 
     folder = tmp_path_factory.mktemp("register")
+    shutil.copyfile(migrated, folder / "mlflow.db")
     uri = f"sqlite:///{folder}/mlflow.db"
     client = MlflowClient(uri, uri)
     experiment = client.create_experiment("jem", f"{folder}/artifacts")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -33,6 +34,13 @@ def elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
+@pytest.fixture
+def tables(migrated, tmp_path):
+    """MLflow's database where it is looked for, with nothing in it."""
+    (tmp_path / "runs").mkdir()
+    shutil.copyfile(migrated, tmp_path / "runs" / "mlflow.db")
+
+
 def client_of(tmp_path):
     from mlflow import MlflowClient
 
@@ -40,7 +48,7 @@ def client_of(tmp_path):
     return MlflowClient(uri, uri)
 
 
-def test_it_is_in_mlflow_once_with_what_lies_beside_it_and_answers_the_same(model, tmp_path):
+def test_it_is_in_mlflow_once_with_what_lies_beside_it_and_answers_the_same(model, tables, tmp_path):
     import mlflow.pyfunc
 
     folder, card = model
@@ -63,7 +71,7 @@ def test_it_is_in_mlflow_once_with_what_lies_beside_it_and_answers_the_same(mode
     np.testing.assert_array_equal(served.predict(images)["log_density"], Predictor.load(folder)(images).log_density)
 
 
-def test_a_registration_that_was_cut_goes_on(model, tmp_path, monkeypatch):
+def test_a_registration_that_was_cut_goes_on(model, tables, tmp_path, monkeypatch):
     from orchestrator import register as module
 
     def cut(*arguments, **settings):

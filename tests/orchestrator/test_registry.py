@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -19,11 +21,12 @@ pytestmark = pytest.mark.timeout(120)
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory):
+def store(migrated, tmp_path_factory):
     """(tracking URI, run id): version 1 of `net`, aliased champion, holds a model.safetensors."""
     from mlflow import MlflowClient
 
     folder = tmp_path_factory.mktemp("registry")
+    shutil.copyfile(migrated, folder / "mlflow.db")
     uri = f"sqlite:///{folder}/mlflow.db"
     client = MlflowClient(uri, uri)
     experiment = client.create_experiment("jem", f"{folder}/artifacts")

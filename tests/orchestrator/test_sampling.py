@@ -368,10 +368,11 @@ def test_progress_is_a_line_every_tenth(drawn, capsys):
 
 
 @pytest.mark.timeout(120)
-def test_a_registered_model_draws_what_its_folder_does_and_says_which_class_is_which(tmp_path):
+def test_a_registered_model_draws_what_its_folder_does_and_says_which_class_is_which(migrated, tmp_path):
     from mlflow import MlflowClient
 
     portable(tmp_path / "model")
+    shutil.copyfile(migrated, tmp_path / "mlflow.db")
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     client = MlflowClient(uri, uri)
     run = client.create_run(client.create_experiment("jem", f"{tmp_path}/artifacts")).info

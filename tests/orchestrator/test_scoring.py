@@ -542,12 +542,13 @@ def test_a_model_is_found_in_its_folder_and_in_a_runs(tmp_path, model):
 
 
 @pytest.mark.timeout(120)
-def test_a_model_is_fetched_from_mlflow(tmp_path, model, monkeypatch):
+def test_a_model_is_fetched_from_mlflow(migrated, tmp_path, model, monkeypatch):
     from mlflow import MlflowClient
 
     monkeypatch.chdir(tmp_path)
     uri = f"sqlite:///{tmp_path}/runs/mlflow.db"
     (tmp_path / "runs").mkdir()
+    shutil.copyfile(migrated, tmp_path / "runs" / "mlflow.db")
     client = MlflowClient(uri, uri)
     run = client.create_run(client.create_experiment("jem", f"{tmp_path}/artifacts")).info
     client.log_artifacts(run.run_id, str(model), "model/data")

@@ -143,16 +143,20 @@ def test_afterwards_the_handlers_are_what_they_were():
 
 
 def test_outside_the_main_thread_it_does_nothing():
-    failed = []
+    before = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
+    during, failed = [], []
 
     def work():
         try:
             with StopSignals():
-                pass
+                during.extend(signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT))
         except BaseException as error:
             failed.append(error)
 
-    thread = threading.Thread(target=work)
+    thread = threading.Thread(target=work, daemon=True)
     thread.start()
     thread.join(10)
+    assert not thread.is_alive()
     assert failed == []
+    assert during == before
+    assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == before

@@ -9,7 +9,7 @@ import shutil
 
 import numpy as np
 import pytest
-from made_stores import Store, empty_store
+from made_stores import Store
 from made_sweeps import made_trial, sweep_of
 from scipy import stats
 
@@ -37,11 +37,6 @@ arms:
 """
 FIGURES = ("test/accuracy", "test/nll", "test/ece", "ood/interp/log_px/auroc", "val/nll")
 WILD = ("diverged", "energy gap 1.2e+06\nraise recovery.max to go on")
-
-
-@pytest.fixture(scope="module")
-def migrated(tmp_path_factory):
-    return empty_store(tmp_path_factory.mktemp("mlflow")).db
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import shutil
 
 import numpy as np
 import pytest
-from made_stores import Store, empty_store
+from made_stores import Store
 from made_sweeps import made_trial, sweep_of
 from scipy import stats
 
@@ -31,11 +31,6 @@ from orchestrator.sync import sync_runs
 
 FIGURES = ("test/accuracy", "test/nll", "ood/interp/log_px/auroc", "val/nll")
 WILD = ("diverged", "energy gap 1.2e+06\nraise recovery.max to go on")
-
-
-@pytest.fixture(scope="module")
-def migrated(tmp_path_factory):
-    return empty_store(tmp_path_factory.mktemp("mlflow")).db
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from made_stores import Store, empty_store
+from made_stores import Store
 from ports import free_port
 
 from jem.files import Location
@@ -23,11 +23,6 @@ from orchestrator.sync import sync_runs
 
 pytestmark = pytest.mark.timeout(180)
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module")
-def migrated(tmp_path_factory):
-    return empty_store(tmp_path_factory.mktemp("mlflow")).db
 
 
 @pytest.fixture

@@ -12,30 +12,19 @@ from worker_runs import object_store
 
 from jem.errors import ConfigError
 from orchestrator.events import EventLog
-from orchestrator.mlflow_run import MLflowRun, RunSpec
 from orchestrator.runs import read_record, spool_of
 from orchestrator.sync import sync_runs
 
 pytestmark = pytest.mark.timeout(180)
 
 
-@pytest.fixture(scope="module")
-def empty(tmp_path_factory):
-    """An empty database: making its tables takes seconds, copying it does not."""
-    folder = tmp_path_factory.mktemp("mlflow")
-    MLflowRun(RunSpec(f"sqlite:///{folder}/mlflow.db", "warm up", "none", str(folder)), None, "token")
-    rows(folder / "mlflow.db", "DELETE FROM tags")
-    rows(folder / "mlflow.db", "DELETE FROM runs")
-    return folder / "mlflow.db"
-
-
 @pytest.fixture
-def storage(empty, tmp_path, monkeypatch):
+def storage(migrated, tmp_path, monkeypatch):
     """./runs of the folder that one is in, with MLflow's database."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     (tmp_path / "runs").mkdir()
-    shutil.copyfile(empty, tmp_path / "runs" / "mlflow.db")
+    shutil.copyfile(migrated, tmp_path / "runs" / "mlflow.db")
     return tmp_path / "runs"
 
 

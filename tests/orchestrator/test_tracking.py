@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from made_models import portable
-from made_stores import Store, empty_store
+from made_stores import Store
 from PIL import Image
 from ports import free_port
 
@@ -28,12 +28,6 @@ from orchestrator.upload import Upload
 
 pytestmark = pytest.mark.timeout(120)
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="session")
-def migrated(tmp_path_factory):
-    """An empty store: making its tables takes seconds, copying the file does not."""
-    return empty_store(tmp_path_factory.mktemp("mlflow")).db
 
 
 @pytest.fixture
