@@ -104,10 +104,8 @@ def test_models_of_different_data_are_not_compared_and_nothing_is_measured_first
         evaluate_model(str(first), str(second), [FAST], Console(file=io.StringIO()))
 
 
-def test_the_fast_suite_measures_the_sets_that_are_asked_for(made):
-    storage, first, _, _ = made
-    arguments = [FAST, "evaluate.sets=[constant]", f"storage_path={storage}"]
-    done = report_of(open_model(str(first), arguments))
+def test_the_fast_suite_measures_the_sets_that_are_asked_for(runs):
+    done = report_of(open_model(str(runs / "one"), [FAST, "evaluate.sets=[constant]", f"storage_path={runs}"]))
     assert set(done.report["ood"]) == {"constant"}
     assert set(done.report["ood"]["constant"]["scores"]) == {"log_px", "max_py", "approx_mass"}
 
