@@ -68,7 +68,7 @@ class Streamed(Split):
             *(self.read(self.groups[(2 * i + 1) * len(self.groups) // (2 * count)]) for i in range(count)), strict=True
         )
         found = torch.cat(labels)
-        missing = sorted({*self.labels.unique().tolist()} - {*found.unique().tolist()})
+        missing = sorted({*self.labels.tolist()} - {*found.tolist()})
         if missing:
             names = ", ".join(self.manifest.classes[label] for label in missing[:10])
             more = f" and {len(missing) - 10} more" if len(missing) > 10 else ""
