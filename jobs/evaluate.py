@@ -17,15 +17,16 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout wins over an installed copy
 
 from orchestrator.command import Parser, run_command
+from orchestrator.help import free_help
 from orchestrator.result import Result
 
 EXIT_CODES = "exit codes: 0 done, 1 failed, 2 bad configuration or data, 3 damaged checkpoint, 4 diverged, 143 stopped"
 
 
 def evaluate() -> Result:
-    parser = Parser(__doc__, EXIT_CODES)
+    parser = Parser(__doc__, f"{EXIT_CODES}\n\n{free_help()}")
     parser.add_argument("model", metavar="MODEL", help="what to measure")
-    parser.add_argument("settings", nargs="*", metavar="key=value", help="evaluate.*, data.root, device, workers, ...")
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="any setting below, or workers")
     parser.add_argument("--against", metavar="MODEL", help="another model of the same data: its classifier twin")
     arguments = parser.parse_intermixed_args()
     sys.path.append(str(Path.cwd()))  # package.module:function of the user's own

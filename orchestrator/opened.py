@@ -27,18 +27,9 @@ from jem.settings import Entry, build
 from jem.train import dtype_of
 from orchestrator.bundled import bundled_models, place_of
 from orchestrator.config import RunConfig, anchored, mistakes, parse_arguments, read_recipe
+from orchestrator.free import FREE, REGISTERED
 from orchestrator.registry import SCHEMES, model_folder
 from orchestrator.runs import read_record
-
-MEASURED = (
-    *("evaluate.suite", "evaluate.sets", "evaluate.max_images", "evaluate.noise_std"),
-    *("evaluate.attack.", "evaluate.generate."),
-)
-REGISTERED = ("evaluate.model_name", "evaluate.champion")
-"""As which model a run's is registered: kept from the training."""
-
-FREE = (*MEASURED, *REGISTERED, "data.root", "data.download", "device", "storage_path", "tracking.")
-"""Settings that may differ from those of the training: they say where and what is measured, not of which model."""
 
 RELEASED_RECIPE = "cifar10_paper"
 
@@ -212,21 +203,16 @@ def _of_released(source: str, location: Location, changes: Mapping[str, Entry]) 
 
 def _config(recorded: Mapping[str, Any], changes: Mapping[str, Entry], free: tuple[str, ...]) -> RunConfig:
     """The settings of the training with those changed that may be; the suite is `full` unless said otherwise."""
-    problems = [
-        Problem(
-            key,
-            f"is not to be changed of a model that is trained; what may be said: {', '.join(FREE)}, workers",
-            entry.origin,
-        )
-        for key, entry in changes.items()
-        if not key.startswith(free)
-    ]
     of_place = ("tracking.", "storage_path", "device", "workers", "name", "evaluate.")
     kept = {k: v for k, v in recorded.items() if not k.startswith(of_place) or k in REGISTERED}
     entries = {k: v if isinstance(v, Entry) else Entry(v) for k, v in kept.items()}
     entries |= {"workers": Entry(1), "evaluate.suite": Entry("full"), **changes}
-    if problems:
-        raise ConfigError([*problems, *(p for p in mistakes(entries) if p.origin and p.key.startswith(free))])
+    fixed = [key for key in changes if not key.startswith(free)]
+    if fixed:
+        told = {problem.key: problem for problem in mistakes(entries) if problem.origin}
+        may = f"is not to be changed of a model that is trained; what may be said: {', '.join(FREE)}, workers"
+        of_fixed = [told.pop(key, Problem(key, may, changes[key].origin)) for key in fixed]  # unknown ones are told so
+        raise ConfigError([*of_fixed, *(problem for key, problem in told.items() if key.startswith(free))])
     return build(RunConfig, entries)
 
 

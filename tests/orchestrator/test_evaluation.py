@@ -281,7 +281,8 @@ def test_a_released_checkpoint_is_evaluated_and_its_mlflow_run_is_its_own(tmp_pa
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("sgld.steps=3",), "sgld.steps"),
+        (("sgld.steps=3",), "sgld.steps: is not to be changed"),
+        (("evaluate.suit=fast",), r"evaluate.suit: no such setting; did you mean 'evaluate.suite'\?"),
         (("evaluate.suite=none",), "evaluate.suite"),
         (("evaluate.suite=quick",), "evaluate.suite"),
         (("workers=0",), "workers"),
