@@ -81,6 +81,17 @@ def scores(shown: Sequence[str], folder: Path) -> str:
     return table(("set", "score", *arms), rows)
 
 
+def recoveries(folder: Path) -> str:
+    """Arms trained with recovery: how many got to their end, after how many rollbacks, and how good they are there."""
+    rows = []
+    for arm, seeds in _trials(folder).items():
+        ends = [trial["status"] for trial in seeds.values()]
+        told = ", ".join(str(trial["rollbacks"]) for _, trial in sorted(seeds.items()))
+        figures_of = [mean(_spread(seeds, key)) for key in ("val/accuracy", "val/nll")]
+        rows.append([arm, f"{ends.count('finished')} of {len(ends)}", told, *figures_of])
+    return table(("arm", "finished", "rollbacks, by seed", "validation accuracy", "validation NLL"), rows)
+
+
 def settings(folder: Path) -> str:
     """What each arm changes of the base."""
     found = {arm: next(iter(seeds.values()))["settings"] for arm, seeds in read(folder).items()}
@@ -102,13 +113,18 @@ def tuning(path: Path) -> str:
 
 def read(folder: Path) -> Trials:
     """The arms, baseline first and classifier last."""
+    found = _trials(folder)
+    if BASELINE not in found:
+        raise ValueError(f"{folder} holds no trial of {BASELINE}")
+    return dict(sorted(found.items(), key=lambda item: (item[0] != BASELINE, item[0] == CLASSIFIER, item[0])))
+
+
+def _trials(folder: Path) -> Trials:
     found: Trials = {}
     for path in sorted(folder.glob("*.json")):
         trial = json.loads(path.read_text())
         found.setdefault(trial["arm"], {})[trial["seed"]] = trial
-    if BASELINE not in found:
-        raise ValueError(f"{folder} holds no trial of {BASELINE}")
-    return dict(sorted(found.items(), key=lambda item: (item[0] != BASELINE, item[0] == CLASSIFIER, item[0])))
+    return found
 
 
 def _heads(trials: Trials) -> list[str]:
@@ -145,8 +161,13 @@ def _difference(seeds: Mapping[int, Mapping[str, Any]], base: Mapping[int, Mappi
 
 
 def _seconds_a_step(seeds: Mapping[int, Mapping[str, Any]]) -> float | None:
-    """The median over finished trials: another process may have disturbed one."""
-    found: Sequence[float] = sorted(t["seconds"] / t["steps"] for t in seeds.values() if t["status"] == "finished")
+    """The median over finished trials that were measured: another process may have disturbed one.
+
+    Those that count divergence alone (evaluate.suite=none) are left out: nobody saw to it that nothing ran beside them.
+    """
+    finished = [trial for trial in seeds.values() if trial["status"] == "finished"]
+    measured = [trial for trial in finished if any(key.startswith("test/") for key in trial["metrics"])]
+    found: Sequence[float] = sorted(trial["seconds"] / trial["steps"] for trial in measured)
     return found[len(found) // 2] if found else None
 
 

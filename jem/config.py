@@ -282,13 +282,15 @@ class EvaluateConfig(Settings):
     suite: str = setting(
         "fast",
         choices=("none", "fast", "full", "paper"),
-        doc="fast: calibration, AUROC against interp and uniform; full: every set and score, attacks and samples; "
+        doc="fast: calibration, AUROC against few sets; full: every set and score, attacks and samples; "
         "paper: full with the paper's counts",
     )
     sets: tuple[str, ...] = setting(
-        (), doc="full, paper: out-of-distribution sets, by name or folder; empty: all that need no download"
+        (),
+        doc="out-of-distribution sets, by name or folder; empty: interp and uniform, full and paper: all that need no "
+        "download",
     )
-    max_images: int = setting(10_000, ge=1, doc="full, paper: images of an out-of-distribution set, evenly spaced")
+    max_images: int = setting(10_000, ge=1, doc="images of an out-of-distribution set, evenly spaced")
     every: int = setting(500, ge=1, doc="steps between measurements on the validation split")
     final: str = setting("last", choices=("last", "best"), doc="weights that are final: last, or best on validation")
     ema: bool = setting(False, doc="evaluate and keep the averaged weights (optimizer.ema_decay > 0)")

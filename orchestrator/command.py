@@ -76,14 +76,14 @@ def run_command(function: Callable[[], Result]) -> int:
         result = Result(status=error.status, message=str(error))
     except KeyboardInterrupt:
         result = Result(status="stopped", message="interrupted")
-    except ModuleNotFoundError as error:
-        if error.name not in ("torch", "ray", "mlflow", "pyarrow"):
-            traceback.print_exc()
-        remedy = "is the project's environment active? After `make demo`: source .venv/bin/activate"
-        result = Result(status="failed", message=f"{sys.executable} has no module {error.name!r}; {remedy}")
     except Exception as error:
-        traceback.print_exc()
-        result = Result(status="failed", message=f"{type(error).__name__}: {error}")
+        message = f"{type(error).__name__}: {error}"
+        if isinstance(error, ModuleNotFoundError) and error.name in ("torch", "ray", "mlflow", "pyarrow"):
+            remedy = "is the project's environment active? After `make demo`: source .venv/bin/activate"
+            message = f"{sys.executable} has no module {error.name}; {remedy}"
+        else:
+            traceback.print_exc()
+        result = Result(status="failed", message=message)
     with deaf():
         if result.message:
             print(f"{result.status}: {result.message}", file=sys.stderr)

@@ -195,10 +195,7 @@ class RunConfig(JEMConfig):
     @property
     def registered_name(self) -> str:
         """Of the registered model that the final model becomes a version of."""
-        name = self.data.name
-        if name in ON_DISK and self.data.root:
-            name = self.data.root.partition("?")[0].rstrip("/").rpartition("/")[2]
-        return self.evaluate.model_name or "jem-" + re.sub(r"[^\w.-]+", "-", name, flags=re.ASCII)
+        return self.evaluate.model_name or model_name(self.data.name, self.data.root)
 
     @property
     def science(self) -> dict[str, Any]:
@@ -215,6 +212,13 @@ DEFAULTS = flatten(JEMConfig(seed=0), SCIENCE)
 
 GROUPS = frozenset(f.name for f in dataclasses.fields(RunConfig) if isinstance(f.default_factory, type))
 """The settings of a run that are themselves groups of settings."""
+
+
+def model_name(data: str, root: str | None) -> str:
+    """jem-DATA, or jem-FOLDER for images of the user's own."""
+    place = (root or "").partition("?")[0] if "://" in (root or "") else root or ""
+    folder = re.sub(r"[^\w.-]+", "-", place.rstrip("/").rpartition("/")[2], flags=re.ASCII).strip("-.")
+    return "jem-" + (folder if data in ON_DISK and folder else re.sub(r"[^\w.-]+", "-", data, flags=re.ASCII))
 
 
 def folder_name(key: str, name: str) -> Iterator[tuple[str, str]]:

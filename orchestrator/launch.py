@@ -44,25 +44,24 @@ def launch(config: RunConfig, fresh: bool = False) -> Result:
     uri, artifact_root = default_uri(storage, config.tracking.uri)
     assert config.name
     root = storage / config.name
-    check_before(config)
-    if fresh:
-        check_source(config.init_from)
+    if fresh or not (root / "run.json").exists():  # one that has begun may go on though these have gone since
+        check_before(config)
     with lock(root):
         record = open_record(root, config, fresh)
         done = record.status == "finished" and record.result and record.result["step"] >= config.steps
         attempt = Launch(config, root, record, uri, artifact_root)
         if done:
             return attempt.read_out()
-        check_source(config.init_from)  # of a run that is finished it may be gone
         write_config(root, config)
         return attempt.run()
 
 
 def check_before(config: RunConfig) -> None:
-    """What would be found out when Ray is up, or when all is trained. Raises ConfigError or DataError."""
+    """What a new run would find out when Ray is up, or when all is trained. Raises ConfigError or DataError."""
     check_folder(config)
     if config.evaluate.suite != "none":
         check_sets(config.evaluate.sets, config.data)
+    check_source(config.init_from)
 
 
 class Launch(Attempt):

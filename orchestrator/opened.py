@@ -26,7 +26,7 @@ from jem.prior import Prior
 from jem.settings import Entry, build
 from jem.train import dtype_of
 from orchestrator.bundled import bundled_models, place_of
-from orchestrator.config import RunConfig, anchored, mistakes, parse_arguments, read_recipe
+from orchestrator.config import RunConfig, anchored, mistakes, model_name, parse_arguments, read_recipe
 from orchestrator.free import FREE, REGISTERED
 from orchestrator.registry import SCHEMES, model_folder
 from orchestrator.runs import read_record
@@ -206,11 +206,16 @@ def _config(recorded: Mapping[str, Any], changes: Mapping[str, Entry], free: tup
     of_place = ("tracking.", "storage_path", "device", "workers", "name", "evaluate.")
     kept = {k: v for k, v in recorded.items() if not k.startswith(of_place) or k in REGISTERED}
     entries = {k: v if isinstance(v, Entry) else Entry(v) for k, v in kept.items()}
+    name, root = kept.get("data.name"), kept.get("data.root")
+    if isinstance(name, str) and not kept.get(
+        "evaluate.model_name"
+    ):  # of where it was trained, not of another data.root
+        entries["evaluate.model_name"] = Entry(model_name(name, root if isinstance(root, str) else None))
     entries |= {"workers": Entry(1), "evaluate.suite": Entry("full"), **changes}
     fixed = [key for key in changes if not key.startswith(free)]
     if fixed:
         told = {problem.key: problem for problem in mistakes(entries) if problem.origin}
-        may = f"is not to be changed of a model that is trained; what may be said: {', '.join(FREE)}, workers"
+        may = f"is not to be changed of a model that is trained; what may be said: {', '.join(FREE)}"
         of_fixed = [told.pop(key, Problem(key, may, changes[key].origin)) for key in fixed]  # unknown ones are told so
         raise ConfigError([*of_fixed, *(problem for key, problem in told.items() if key.startswith(free))])
     return build(RunConfig, entries)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,17 +15,17 @@ from jem.data.stream import WINDOW_BYTES
 from jem.errors import DataError
 from jem.models import make_network
 from jem.train import dtype_of
-from orchestrator.config import RunConfig, to_yaml
+from orchestrator.config import ON_DISK, RunConfig, to_yaml
 from orchestrator.launch import check_before
-from orchestrator.registry import check_source
 from orchestrator.result import Result
 from orchestrator.runs import planned_storage
 
 
 def plan(config: RunConfig) -> Result:
     """Print the resolved configuration and what it costs; the same figures as a Result."""
-    check_before(config)
-    check_source(config.init_from)
+    folder = planned_storage(config)
+    if "://" in folder or not (Path(folder) / "run.json").exists():
+        check_before(config)
     spec = describe(config.data)
     print(to_yaml(config))
     several, counts = _several(config)
@@ -40,7 +41,7 @@ def plan(config: RunConfig) -> Result:
     width = max(len(label) for label, _ in rows)
     for label, text in rows:
         print(f"{label:<{width}}  {text}")
-    if spec.where.endswith("(missing)"):
+    if config.data.name in ON_DISK and spec.n_classes is None:
         raise DataError(f"data.root: {spec.where}: the run would end at once; say where the images are")
     return Result(name=name, step=0, metrics=metrics | counts, status="planned")
 

@@ -49,6 +49,16 @@ def test_an_arm_has_its_mean_and_interval_its_cost_and_its_diverged_trials(table
     assert [found[arm]["diverged"] for arm in found] == ["0 of 3", "1 of 4", "0 of 3", "0 of 3"]
 
 
+def test_recoveries_are_told_by_seed_and_figures_are_of_runs_that_got_to_their_end(tables, tmp_path):
+    for seed, (status, rollbacks) in enumerate((("finished", 2), ("diverged", 10), ("finished", 0))):
+        metrics = {"val/accuracy": 0.9 + 0.02 * seed, "val/nll": 0.1}
+        trial = {"arm": "wild", "seed": seed, "status": status, "rollbacks": rollbacks, "metrics": metrics}
+        (tmp_path / f"wild-s{seed}.json").write_text(json.dumps(trial))
+    found = rows(tables.recoveries(tmp_path))["wild"]
+    assert (found["finished"], found["rollbacks, by seed"]) == ("2 of 3", "2, 10, 0")
+    assert found["validation accuracy"].startswith("0.920")
+
+
 def test_a_difference_is_paired_by_seed_and_bold_where_its_interval_excludes_0(tables, folder):
     found = rows(tables.differences(folder))
     assert "baseline" not in found

@@ -51,8 +51,8 @@ def assemble(
 ) -> DataSet:
     """Carve the splits that the source lacks, decode those wanted; unless `in_memory`, later and piece by piece.
 
-    Training images that lie class by class and are not kept in memory are about to be written, and to be streamed: they
-    are brought out of that order, as a window or a part of a stream must hold all classes.
+    Training images that lie class by class are brought out of that order: written so and streamed, a window or a part
+    must hold all classes.
     """
     rows: dict[str, tuple[Pool, Indices]] = {}
     for split in wanted:
@@ -62,7 +62,7 @@ def assemble(
     if set(wanted) - set(rows):
         train = source.pools["train"]()
         for split, indices in partition(train.labels, source, validation_size).items():
-            apart = split == "train" and source.by_class and not in_memory
+            apart = split == "train" and source.by_class
             rows[split] = train, _lowest(indices, len(indices), "order") if apart else indices
     make = _decoded if in_memory else _undecoded
     made = {split: make(*of_split) for split, of_split in rows.items() if split in wanted}

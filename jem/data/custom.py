@@ -65,5 +65,5 @@ def _tensor(values: Any, where: str) -> Tensor:
     try:
         array = np.asarray(values)
         return torch.from_numpy(np.ascontiguousarray(array, array.dtype.newbyteorder("=")))
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RuntimeError) as error:
         raise DataError(f"{where} cannot be made a tensor: {error}; give one array, or a tensor on the CPU") from error

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from jem.data.carve import Pool, Source
 
 EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif")
-OTHERS = (".avif", ".heic", ".heif", ".jp2", ".jxl", ".svg", ".tga", ".npy")
+OTHERS = (".avif", ".heic", ".heif", ".jp2", ".jxl", ".svg", ".tga")
 """Images that are not read: leaving them out in silence would leave data out."""
 SPLIT_NAMES = ("train", "training", "validation", "valid", "val", "dev", "test", "testing")
 LAYOUTS = "ROOT/train/CLASS/*.png (also validation, test) or ROOT/CLASS/*.png"
@@ -53,7 +53,7 @@ def index(root: Path, least: int = 2) -> Index:
         if _folders(folder) != classes:
             odd = sorted(set(_folders(folder)) ^ set(classes))
             raise DataError(f"{folder}: has other classes than train: {', '.join(odd)}; each split needs every class")
-    files = {split: _files(folder, classes) for split, folder in folders.items()}
+    files = {split: _files(folder, classes, whole=least > 1) for split, folder in folders.items()}
     return Index(tuple(classes), files)
 
 
@@ -143,7 +143,7 @@ def _folders(folder: Path) -> list[str]:
     return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
 
 
-def _files(folder: Path, classes: Sequence[str]) -> list[tuple[Path, int]]:
+def _files(folder: Path, classes: Sequence[str], whole: bool) -> list[tuple[Path, int]]:
     listed: list[tuple[Path, int]] = []
     for label, name in enumerate(classes):
         there = sorted(
@@ -154,7 +154,7 @@ def _files(folder: Path, classes: Sequence[str]) -> list[tuple[Path, int]]:
         )
         below = [path for path in there if path.name.lower().endswith(EXTENSIONS)]
         unread = [path for path in there if path.name.lower().endswith(OTHERS)]
-        if unread:
+        if unread and whole:
             raise DataError(f"{unread[0]}: is one of {len(unread)} images that are not read; convert or move them")
         if not below:
             raise DataError(f"{folder / name}: holds no image ({', '.join(EXTENSIONS)}); fill or delete the folder")

@@ -153,7 +153,7 @@ def features(network: nn.Module) -> Callable[[Tensor], Tensor]:
             logits = network(x)
         finally:
             hook.remove()
-        same = len(seen) == 1 and seen[0][1].shape == logits.shape
+        same = len(seen) == 1 and (seen[0][1].shape, seen[0][1].dtype) == (logits.shape, logits.dtype)
         if not same or seen[0][0].ndim != 2 or not torch.allclose(seen[0][1], logits, rtol=0, atol=0, equal_nan=True):
             raise ConfigError("the network's logits are not what its last linear layer makes of features [n, d]")
         return seen[0][0]

@@ -49,7 +49,7 @@ def refined(
         through = x.requires_grad and not straight
         position = begin if through else begin.detach()
         for step in range(k):
-            now = along(config, step)  # as in a chain of the training
+            now = along(config, step // config.inner_steps)  # as in a chain of the training
             position, _ = sgld_step(energy_fn(logits), position, now, generator, partial(differentiable, through))
         found = logits(position if through else begin + (position - begin).detach())
         return found.view(copies, len(x), found.shape[1]).mean(dim=0)

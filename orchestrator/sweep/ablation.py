@@ -26,7 +26,7 @@ from orchestrator.sweep.config import Sweep, to_yaml, trial_config
 from orchestrator.sweep.ending import message_of, status_of
 from orchestrator.sweep.fixed import FixedTrials, ends_of
 from orchestrator.sweep.resources import GIB, Fit, fit
-from orchestrator.sweep.session import Record, open_folder, shortened
+from orchestrator.sweep.session import RECORD, Record, open_folder, shortened
 from orchestrator.sweep.summary import shown_figures
 from orchestrator.sweep.table import ABLATION, Row, counts, write_tables
 from orchestrator.sweep.trial import TRIALS, Trial
@@ -50,10 +50,11 @@ class AblationResult(Result):
 
 def run_ablation(sweep: Sweep, fresh: bool = False) -> AblationResult:
     """Train all arms with all seeds, or go on with those that are left, or read out what came of them."""
-    for arm in sweep.arms:
-        check_before(trial_config(sweep, arm.point))
     storage = storage_of(trial_config(sweep, {}, name=sweep.name))
     root = storage / sweep.name
+    if fresh or not (root / RECORD).exists():
+        for arm in sweep.arms:
+            check_before(trial_config(sweep, arm.point))
     with lock(root):
         record = open_folder(root, Record(sweep.name, sweep.science, ABLATION), fresh)
         work = AblationWork(sweep, storage, root, record)

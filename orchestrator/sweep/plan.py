@@ -10,7 +10,7 @@ from typing import Any
 from jem.data.catalog import describe
 from jem.errors import ConfigError
 from jem.models import make_network
-from orchestrator.config import check_folder
+from orchestrator.launch import check_before
 from orchestrator.plan import forward_cost, passes
 from orchestrator.result import Result
 from orchestrator.runs import planned_storage
@@ -29,7 +29,7 @@ def plan(sweep: Sweep, cpus: float | None = None, gpus: float | None = None, mem
     Without figures of a cluster they are this machine's. Raises ConfigError if no trial fits, but for a cluster
     that RAY_ADDRESS names: that is looked at when the sweep starts.
     """
-    check_folder(sweep.run)
+    check_before(sweep.run)
     here = machine()
     asked = zip((cpus, gpus, memory_gib), here, strict=True)
     have_cpus, have_gpus, have_memory = (there if given is None else given for given, there in asked)

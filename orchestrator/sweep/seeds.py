@@ -24,7 +24,7 @@ from orchestrator.sweep.decide import over_seeds
 from orchestrator.sweep.ending import message_of, status_of
 from orchestrator.sweep.fixed import FixedTrials, ends_of
 from orchestrator.sweep.resources import GIB, Fit, fit, gpus_a_worker, machine
-from orchestrator.sweep.session import Record, open_folder, shortened
+from orchestrator.sweep.session import RECORD, Record, open_folder, shortened
 from orchestrator.sweep.summary import seeds_summary, shown_figures
 from orchestrator.sweep.table import BASE, SEEDS, counts, write_tables
 from orchestrator.sweep.trial import TRIALS, Trial
@@ -46,9 +46,10 @@ class SeedsResult(Result):
 
 def run_seeds(config: RunConfig, fresh: bool = False) -> SeedsResult:
     """Train with all seeds, or go on with those that are left, or read out what came of them."""
-    check_before(config)
     storage = storage_of(config)
     root = storage / f"{config.name}{SUFFIX}"
+    if fresh or not (root / RECORD).exists():
+        check_before(config)
     with lock(root):
         record = open_folder(root, Record(root.name, config.science, SEEDS), fresh, DEFAULTS)
         work = SeedsWork(config, storage, root, record)

@@ -240,6 +240,8 @@ def test_a_run_is_named_after_the_recipes_file(recipe):
         ((), "jem-digits"),
         (("data.name=my.images:all_of_them", "data.crop_padding=0"), "jem-my.images-all_of_them"),
         (("data.name=parquet", "data.root=./my photos/32x32/", "data.crop_padding=0"), "jem-32x32"),
+        (("data.name=parquet", "data.root=/", "data.crop_padding=0"), "jem-parquet"),
+        (("data.name=parquet", "data.root=./фото", "data.crop_padding=0"), "jem-parquet"),
         (("data.name=parquet", "data.root=s3://bucket/photos?region=x", "data.crop_padding=0"), "jem-photos"),
         (("evaluate.model_name=mine-2",), "mine-2"),
         (("evaluate.model_name=none",), "jem-digits"),

@@ -20,8 +20,9 @@ from jem.evaluate.evaluate import validate
 from jem.files import Location
 from jem.models import make_network
 from jem.predict import Predictor
+from jem.settings import Entry
 from jem.world import World
-from orchestrator import evaluation
+from orchestrator import evaluation, opened
 from orchestrator.evaluate_on import _check
 from orchestrator.evaluation import evaluate_model, report_of
 from orchestrator.final_model import write_model
@@ -276,6 +277,16 @@ def test_a_released_checkpoint_is_evaluated_and_its_mlflow_run_is_its_own(tmp_pa
     assert sorted(points(tmp_path, result)) == sorted((key, 0, value) for key, value in result.metrics.items())
     with pytest.raises(DataError, match="10 classes"):
         evaluated(tmp_path / "jem.pt", "data.name=cifar100", FAST)
+
+
+def test_a_models_name_is_that_of_the_data_it_was_trained_with_wherever_these_are_now(made):
+    _, first, _, _ = made
+    assert open_model(str(first), ["data.root=/elsewhere/copy7"]).config.registered_name == "jem-digits"
+    kept = {"data.name": "parquet", "data.root": "/train/photos", "workers": 1, "steps": 4, "seed": 0}
+    moved = opened._config(kept, {"data.root": Entry("/mnt/copy7")}, opened.FREE)
+    assert (moved.data.root, moved.registered_name) == ("/mnt/copy7", "jem-photos")
+    asked = opened._config(kept, {"evaluate.model_name": Entry("mine")}, opened.FREE)
+    assert asked.registered_name == "mine"
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import sqlite3
 import pytest
 from made_models import portable
 
-from jem.errors import ConfigError
+from jem.errors import ConfigError, DataError
 from orchestrator.config import load_run_config, to_yaml
 from orchestrator.events import EventLog
 from orchestrator.launch import launch
@@ -98,3 +98,17 @@ def test_settings_that_do_not_go_with_the_data_are_found_before_anything_starts(
     (problem,) = alone.value.problems
     assert message in str(problem)
     assert problem.origin == "command line" or setting.startswith("data.options")
+
+
+def test_a_finished_run_is_read_out_though_what_it_began_with_has_gone(finished, tmp_path):
+    """The weights it started from, the folder of outliers; of a new run both are asked for before anything is made."""
+    _, folder = finished
+    gone = ["init_from=/nowhere/net.safetensors", "evaluate.sets=[/nowhere/photos]", f"storage_path={tmp_path}/runs"]
+    config = load_run_config("digits", [*TINY, *gone])
+    record = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps(record | {"science": config.science, "digest": config.digest}))
+    assert launch(config).metrics == {"test/accuracy": 0.5}
+    for settings in (gone, [gone[0], gone[2]]):
+        with pytest.raises((ConfigError, DataError), match=r"/nowhere"):
+            launch(load_run_config("digits", [*TINY, *settings, "name=new"]))
+    assert not (tmp_path / "runs" / "new").exists()

@@ -151,3 +151,13 @@ def test_a_submitted_commands_line_is_its_own_but_for_job_and_code(status):
     told = json.loads(_ended(client, "job-1", "Traceback: no line of JSON").json())
     assert (told["status"], "own" in told) == ("finished" if code == 0 else "failed", False)
     assert told["message"] == "of Ray\nTraceback: no line of JSON"
+
+
+def test_a_missing_environment_is_said_to_be_and_another_missing_module_by_its_own_words(capsys):
+    code, content, err = ended(raising(ModuleNotFoundError("No module named 'torch'", name="torch")), capsys)
+    assert code == 1
+    assert "has no module torch; is the project's environment active?" in content["message"]
+    assert "Traceback" not in err
+    code, content, err = ended(raising(ModuleNotFoundError("it needs torch-fidelity: pip install it")), capsys)
+    assert content["message"] == "ModuleNotFoundError: it needs torch-fidelity: pip install it"
+    assert "Traceback" in err

@@ -288,14 +288,5 @@ def test_images_of_a_folder_are_decoded_piece_by_piece_once_each_and_written_as_
     parquet.write(made, Location.of(tmp_path / "piecewise"), **SMALL)
     assert max(sizes) == 7
     assert sum(sizes) == 37 + 7 + 3, "each once, and the first of each split for its shape"
-    for split in ("validation", "test"):
-        for file in (tmp_path / "from memory").glob(f"{split}-*"):
-            assert (tmp_path / "piecewise" / file.name).read_bytes() == file.read_bytes(), file.name
-    first, second = (parquet.read(Location.of(tmp_path / where)).train for where in ("from memory", "piecewise"))
-    assert rows_of(first) == rows_of(second), "the same, out of the order of the classes"
-
-
-def rows_of(split):
-    return sorted(
-        (image.numpy().tobytes(), int(label)) for image, label in zip(split.images, split.labels, strict=True)
-    )
+    for file in (tmp_path / "from memory").iterdir():
+        assert (tmp_path / "piecewise" / file.name).read_bytes() == file.read_bytes(), file.name
