@@ -238,6 +238,7 @@ TABLES = {
             ("-settings", "", ablation.settings),
         )
     },
+    "ablation-digits-recovery": Table(("ablation_digits_recovery",), ablation.recoveries),
     "symptoms": Table(("symptoms_digits.json",), symptoms.ends),
     **{
         name.format(recipe): Table((f"robustness_{recipe}.json",), build)
