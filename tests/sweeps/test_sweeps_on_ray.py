@@ -112,6 +112,15 @@ def test_eight_trials_with_a_crash_a_divergence_and_a_killed_driver_end_with_a_d
     assert json.loads(planned.stdout.splitlines()[-1])["status"] == "planned"
 
 
+def kill_trials(driver):
+    """How many there were."""
+    running = psutil.Process(driver.pid).children(recursive=True)
+    found = [process for process in running if "ResourceTrainable" in "".join(process.cmdline())]
+    for process in found:
+        process.kill()
+    return len(found)
+
+
 def test_trials_of_two_workers_that_end_early_leave_room_for_the_next(tmp_path):
     """A driver that takes a CPU would leave its workers none; workers that are left behind, the next trial, and those
     of a trial whose process is killed the same one.
@@ -119,11 +128,9 @@ def test_trials_of_two_workers_that_end_early_leave_room_for_the_next(tmp_path):
     path = written(tmp_path, workers=2, scheduler=ASHA, searcher="random", trials=4, steps=200)
     driver = start(path, "finalists=0", "sgld.steps=5", "checkpoint.every=20")
     wait(driver, lambda: list(path.parent.glob("runs/small-*/trials/*/checkpoints/20/manifest.json")))
-    for process in psutil.Process(driver.pid).children(recursive=True):
-        if "ResourceTrainable" in "".join(process.cmdline()):
-            process.kill()
+    wait(driver, lambda: kill_trials(driver))
     result = finish(driver)
-    assert len(trials(path)["t000"]["attempts"]) >= 2
+    assert any(len(record["attempts"]) >= 2 for record in trials(path).values()), "the first, or the next by then"
     statuses = [record["status"] for record in trials(path).values()]
     assert len(statuses) == 4
     assert "pruned" in statuses
