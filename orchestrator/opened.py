@@ -207,9 +207,8 @@ def _config(recorded: Mapping[str, Any], changes: Mapping[str, Entry], free: tup
     kept = {k: v for k, v in recorded.items() if not k.startswith(of_place) or k in REGISTERED}
     entries = {k: v if isinstance(v, Entry) else Entry(v) for k, v in kept.items()}
     name, root = kept.get("data.name"), kept.get("data.root")
-    if isinstance(name, str) and not kept.get(
-        "evaluate.model_name"
-    ):  # of where it was trained, not of another data.root
+    if isinstance(name, str) and not kept.get("evaluate.model_name"):
+        # of where it was trained, not of another data.root
         entries["evaluate.model_name"] = Entry(model_name(name, root if isinstance(root, str) else None))
     entries |= {"workers": Entry(1), "evaluate.suite": Entry("full"), **changes}
     fixed = [key for key in changes if not key.startswith(free)]

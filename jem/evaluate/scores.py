@@ -18,7 +18,7 @@ def log_px(logits: Float[Tensor, "n c"]) -> Float[Tensor, " n"]:
 
 
 def max_py(logits: Float[Tensor, "n c"]) -> Float[Tensor, " n"]:
-    """max_y p(y|x), as its logarithm, from the others' sum: those within 700 nats of 1 do not tie."""
+    """max_y p(y|x), as its logarithm, from the sum of the others: confident ones tie at 1 from gaps of 700 nats on."""
     ordered = logits.double().sort(dim=1, descending=True).values
     return -F.softplus(ordered[:, 1:].logsumexp(dim=1) - ordered[:, 0], threshold=40)
 

@@ -14,7 +14,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from jem.errors import DataError
-from jem.randomness import generator
+from jem.randomness import generator as stream
 
 
 def interpolations(images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
@@ -22,25 +22,25 @@ def interpolations(images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]
 
     Not its neighbour in the file: where images are sorted by class, as in mnist5k and in folders, both are of one.
     """
-    order = torch.randperm(len(images), generator=generator("cpu", "interpolations", len(images)))
+    order = torch.randperm(len(images), generator=stream("cpu", "interpolations", len(images)))
     others = torch.empty_like(order)
     others[order] = order.roll(1)  # in one circle: no image's other is itself, and each is once another's
     return (images + images[others]) / 2
 
 
-def uniform_noise(shape: torch.Size, random: torch.Generator) -> Float[Tensor, "n c h w"]:
+def uniform_noise(shape: torch.Size, generator: torch.Generator) -> Float[Tensor, "n c h w"]:
     """Pixels drawn uniformly from [-1, 1]."""
-    return torch.rand(shape, generator=random) * 2 - 1
+    return torch.rand(shape, generator=generator) * 2 - 1
 
 
-def gaussian_noise(shape: torch.Size, random: torch.Generator) -> Float[Tensor, "n c h w"]:
+def gaussian_noise(shape: torch.Size, generator: torch.Generator) -> Float[Tensor, "n c h w"]:
     """Pixels drawn from N(0, 0.5^2) and clamped to [-1, 1] (as Hendrycks et al., Outlier Exposure, 2019)."""
-    return (0.5 * torch.randn(shape, generator=random)).clamp(-1, 1)
+    return (0.5 * torch.randn(shape, generator=generator)).clamp(-1, 1)
 
 
-def constant_images(shape: torch.Size, random: torch.Generator) -> Float[Tensor, "n c h w"]:
+def constant_images(shape: torch.Size, generator: torch.Generator) -> Float[Tensor, "n c h w"]:
     """Images of one colour, each channel of each drawn uniformly from [-1, 1]."""
-    return uniform_noise(torch.Size((*shape[:2], 1, 1)), random).expand(shape).contiguous()
+    return uniform_noise(torch.Size((*shape[:2], 1, 1)), generator).expand(shape).contiguous()
 
 
 def rotated(images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
@@ -59,9 +59,9 @@ OutlierSet = Callable[[Tensor, torch.Generator], Tensor]
 
 SETS: dict[str, OutlierSet] = {
     "interp": lambda images, _: interpolations(images),
-    "uniform": lambda images, random: uniform_noise(images.shape, random),
-    "gaussian": lambda images, random: gaussian_noise(images.shape, random),
-    "constant": lambda images, random: constant_images(images.shape, random),
+    "uniform": lambda images, generator: uniform_noise(images.shape, generator),
+    "gaussian": lambda images, generator: gaussian_noise(images.shape, generator),
+    "constant": lambda images, generator: constant_images(images.shape, generator),
     "rot90": lambda images, _: rotated(images),
 }
 
