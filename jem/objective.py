@@ -128,9 +128,14 @@ def detection(
 
 def label_weights(labels: Int[Tensor, " n"], n_classes: int, world: World) -> Float[Tensor, " c"]:
     """C n_y / n of the labelled images of all ranks: how often a class comes, over what it would were all alike."""
-    ones = torch.ones(len(labels), device=labels.device)
-    counts = world.sum(torch.zeros(n_classes, device=labels.device).index_add(0, labels, ones))
+    counts = world.sum(_counted(labels, n_classes))
     return n_classes * counts / counts.sum().clamp(min=1)
+
+
+def _counted(labels: Int[Tensor, " n"], n_classes: int) -> Float[Tensor, " c"]:
+    """How often each label comes. (`bincount` waits for a GPU: its result's length is the largest label's.)"""
+    ones = torch.ones(len(labels), device=labels.device)
+    return torch.zeros(n_classes, device=labels.device).index_add(0, labels, ones)
 
 
 def class_pool(logits: Float[Tensor, "n c"], labels: Int[Tensor, " n"], world: World) -> ClassPool:
@@ -138,7 +143,7 @@ def class_pool(logits: Float[Tensor, "n c"], labels: Int[Tensor, " n"], world: W
     with torch.no_grad():
         told = logits.new_zeros(2, world.size, logits.shape[1])  # each rank fills its row; one without images: log 0
         told[0, world.rank] = logits.logsumexp(dim=0)
-        told[1, world.rank] = torch.bincount(labels, minlength=logits.shape[1])
+        told[1, world.rank] = _counted(labels, logits.shape[1])
         log_sums, counts = world.sum(told)
         return ClassPool(log_sums.logsumexp(dim=0), counts.sum(dim=0))
 

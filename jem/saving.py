@@ -65,6 +65,7 @@ class Writer:
         self._committed = False  # on rank 0: from here on it is a checkpoint, whatever fails
         self._error: BaseException | None = None
         self._files = 0  # written so far, over all checkpoints
+        self._files_of_all = 0.0  # ranks, when they last asked each other
         self._held: dict[str, dict[str, Tensor]] = {}
 
     def begin(
@@ -119,8 +120,8 @@ class Writer:
         if self.pending is None:
             return None
         error = self._error  # as it is before rank 0's thread gives up waiting for a record, which is none of its own
-        told = torch.tensor([float(error is not None), float(self._done)], device=self.device)
-        failed, done = self.world.sum(told).tolist()
+        told = torch.tensor([error is not None, self._done, self._files], dtype=torch.float64, device=self.device)
+        failed, done, self._files_of_all = self.world.sum(told).tolist()
         if not failed and done < self.world.size:
             return None
         self._give_up.set()
@@ -136,14 +137,14 @@ class Writer:
         return saved._replace(fault=reason)
 
     def finish(self, alive: Callable[[], None] = lambda: None) -> Saved | None:
-        """Wait for the checkpoint under way, if there is one; `alive` is called for each file that was written."""
-        seen = self._files
+        """Wait for the checkpoint under way, if there is one; `alive` is called when any rank has written a file."""
+        seen = self._files_of_all
         while self.pending is not None:
             saved = self.poll()
             if saved is not None:
                 return saved
-            if self._files > seen:
-                seen = self._files
+            if self._files_of_all > seen:
+                seen = self._files_of_all
                 alive()
             time.sleep(LOOK_EVERY_S)
         return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -66,13 +67,23 @@ class World:
             told = raised if isinstance(raised, JEMError) else f"{type(raised).__name__}: {raised}"
         gathered = [one for one in self.gather(told) if one is not None]
         ours = next((one for one in gathered if isinstance(one, JEMError)), None)
-        if error is not None and (ours is None or not isinstance(error, JEMError)):
-            raise error
-        if ours is not None:
-            raise ours
-        if gathered:
-            raise RuntimeError(f"on another rank: {gathered[0]}")
+        try:
+            if error is not None and (ours is None or not isinstance(error, JEMError)):
+                raise error
+            if ours is not None:
+                raise ours
+            if gathered:
+                raise RuntimeError(f"on another rank: {gathered[0]}")
+        finally:
+            del error, ours, told, gathered  # an error holds the frames it came through, and this one would hold it
         return value  # type: ignore[return-value]
+
+    def be_patient(self) -> None:
+        """From here on this rank waits for the others as long as it takes, not for the group's half an hour or less."""
+        if self.size > 1:
+            # what older torch calls it
+            set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
+            set_timeout(timedelta(days=30))
 
     def barrier(self) -> None:
         """Return once every rank has called this."""

@@ -65,11 +65,15 @@ def _cost(subjects: Subjects) -> int:
     return sum(subjects.cost(which) for which in subjects.passes)
 
 
-def compute_in_this_process(network: nn.Module, config: RunConfig, progress: Progress) -> Dealt:
-    """On a GPU where there is one and `config.device` allows it."""
+def device_here(config: RunConfig) -> torch.device:
+    """A GPU where there is one and `config.device` allows it. ConfigError for cuda where there is none."""
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError([Problem("device", "is cuda, but PyTorch sees no GPU here; set device=cpu")])
-    device = torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
+    return torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def compute_in_this_process(network: nn.Module, config: RunConfig, device: torch.device, progress: Progress) -> Dealt:
+    """All passes, on `device`."""
 
     def compute(subjects: Subjects) -> dict[Pass, Tensor]:
         progress.begin(_cost(subjects))
@@ -103,7 +107,7 @@ def compute_on_ray(network: nn.Module, config: RunConfig, workers: int, progress
             gpus = config.device == "cuda" or (config.device == "auto" and cluster.gpus >= workers)
             actor = ray.remote(num_cpus=1, num_gpus=1 if gpus else 0)(_Evaluator)
             held = ray.put((network, config))
-            actors = [actor.remote(held, rank, workers) for rank in range(workers)]
+            actors = [actor.remote(held, rank, workers, gpus) for rank in range(workers)]
             images = {name: ray.put(subjects.images[name]) for name in {which.images for which in subjects.passes}}
             pending: dict[Any, Pass] = {
                 one.run.remote(which, images[which.images], subjects.labels.get(which.images)): which
@@ -138,11 +142,11 @@ def _check(cluster: Cluster, workers: int, device: str) -> None:
 class _Evaluator:
     """A Ray actor: it has the network, and computes its share of the batches of each pass."""
 
-    def __init__(self, held: tuple[nn.Module, RunConfig], rank: int, workers: int) -> None:
+    def __init__(self, held: tuple[nn.Module, RunConfig], rank: int, workers: int, gpu: bool) -> None:
         self.network, self.config = held
         torch.set_num_threads(1)
-        cuda = self.config.device != "cpu" and torch.cuda.is_available()
-        self.like = torch.zeros((), device="cuda" if cuda else "cpu", dtype=dtype_of(self.config))
+        # all GPUs of a machine are visible to an actor that was given none
+        self.like = torch.zeros((), device="cuda" if gpu else "cpu", dtype=dtype_of(self.config))
         self.network.to(self.like.device)
         self.part = Part(rank, workers)
 

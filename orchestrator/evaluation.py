@@ -31,7 +31,7 @@ from jem.evaluate.report import SCHEMA
 from jem.evaluate.suite import FAST_SETS, Dealt, evaluate
 from jem.settings import digest, flatten
 from jem.train import frozen_logits
-from orchestrator.evaluate_on import Progress, compute_in_this_process, compute_on_ray, one_thread
+from orchestrator.evaluate_on import Progress, compute_in_this_process, compute_on_ray, device_here, one_thread
 from orchestrator.facts import facts
 from orchestrator.final_model import FOLDER
 from orchestrator.opened import Opened, open_model
@@ -131,11 +131,13 @@ def report_of(opened: Opened, workers: int = 1) -> Done:
     network = opened.network()
     with Progress(f"evaluating {opened.name}") as progress:
         compute: Dealt
+        device = torch.device("cpu")  # a driver has no GPU of its own
         if workers > 1 or os.environ.get("RAY_ADDRESS"):
             compute = compute_on_ray(network, config, workers, progress)
         else:
-            compute = compute_in_this_process(network, config, progress)
-        report, measured = evaluate(network, data, config, config.evaluate, compute, opened.buffer)
+            device = device_here(config)
+            compute = compute_in_this_process(network, config, device, progress)
+        report, measured = evaluate(network, data, config, config.evaluate, compute, opened.buffer, device=device)
     report["model"] |= {
         "source": opened.source,
         "name": opened.name,

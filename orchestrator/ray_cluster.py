@@ -227,9 +227,6 @@ def _worker(arguments: dict[str, Any]) -> dict[str, Any]:
     job: Job = arguments["job"]
     context = ray.train.get_context()
     torch.set_num_threads(threads(arguments["threads"], context.get_local_world_size()))
-    if job.config.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
     world, device = World.current(), ray.train.torch.get_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)  # NCCL's collectives use the current one

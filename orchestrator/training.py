@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from jem import checkpoint
 from jem.checkpoint import Manifest
 from jem.data.augment import to_float
-from jem.data.batches import BatchSource
+from jem.data.batches import Batch, BatchSource
 from jem.data.sources import DataSet
 from jem.energy import Logits
 from jem.errors import DivergedError, JEMError
@@ -117,7 +117,7 @@ class Training:
         self.tell_of_rollbacks()
         self.event("attempt", attempt=self.job.attempt, step=state.step, workers=self.world.size, why=self.began)
         self.event("tags", tags=self.tags)
-        wrapped = data_parallel(state.network, self.batches.at(state.step).images, self.world)
+        wrapped = data_parallel(state.network, self.batch_at(state.step).images, self.world)
         with self.watchdog:
             if self.saved is None:  # divergence before the next one has something to go back to
                 fault = self.save()
@@ -128,7 +128,7 @@ class Training:
                 if self.job.until is not None and state.step >= self.job.until:
                     return self.stop()
                 settings, until = self.recovery.settings(state.step)
-                for info in train(state, self.batches.at, settings, until, self.world, wrapped):
+                for info in train(state, self.batch_at, settings, until, self.world, wrapped):
                     fault = self.after(info)
                     if fault is not None:
                         self.roll_back(fault)
@@ -139,6 +139,16 @@ class Training:
                         break
         self.calibrate()  # first: the trained model is there, whatever becomes of its evaluation
         return self.outcome("finished", self.evaluate())  # not watched: it may take minutes without a batch
+
+    def batch_at(self, step: int) -> Batch:
+        """This rank's part of a batch; streamed, it is read from files, and each rank reads its own."""
+        try:
+            return self.batches.at(step)
+        except JEMError as error:
+            if self.world.size == 1:
+                raise
+            # The other ranks do not know: to return its status here would leave them waiting for this one's gradients.
+            raise RuntimeError(str(error)) from error
 
     def after(self, info: StepInfo) -> str | None:
         """What is due after a step; why the run has diverged, if it has."""
@@ -353,15 +363,19 @@ class Training:
         """The figures of the end; why there are none, where that is nothing that more training would mend."""
         if self.config.evaluate.suite == "none":
             return ""
+        self.world.be_patient()  # attacks are dealt out in batches, and one on a large network may take an hour
         network, config = self.final_network(), self.config
         compute = compute_here(
             network, config, config.evaluate, self.world, self.like, lambda *_: self.watchdog.touch()
         )
         try:
-            buffer = None
-            if config.evaluate.complete and self.saved is not None:
-                buffer = checkpoint.chains_of(checkpoint.read_manifest(self.saved), config)
-            self.evaluated, _ = evaluate(network, self.data, config, config.evaluate, compute, buffer, self.world)
+            buffer, saved = None, self.saved
+            if config.evaluate.complete and saved is not None:
+                manifest = on_rank_0(self.world, lambda: checkpoint.read_manifest(saved))
+                buffer = checkpoint.chains_of(manifest, config)
+            self.evaluated, _ = evaluate(
+                network, self.data, config, config.evaluate, compute, buffer, self.world, self.device
+            )
         except DivergedError:
             raise
         except Exception as error:  # whatever it is, the run has been trained

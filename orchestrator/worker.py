@@ -6,6 +6,7 @@ gloo connects.
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -33,6 +34,9 @@ def run(job: Job, world: World, device: torch.device, report: Report = lambda *_
     Every rank returns the same. A failure that trying again would not mend (JEMError) is returned as a
     status too, so that Ray does not retry it; anything else is raised.
     """
+    if job.config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(job.config.deterministic)  # or not: a trial's process may have had another
     try:
         return setup(job, world, device, report).run()
     except JEMError as error:

@@ -27,6 +27,7 @@ from jem.data.augment import to_float
 from jem.errors import CheckpointError, ConfigError, Problem
 from jem.evaluate import baselines
 from jem.evaluate.evaluate import BATCH
+from jem.evaluate.generation import whole_float32
 from jem.evaluate.others import content_of
 from jem.models import ImageShape
 
@@ -183,7 +184,8 @@ def _read_weights(path: Path) -> bytes:
 def _in_batches(batch: Callable[[Tensor], tuple[Tensor, Tensor]], images: Tensor, size: int) -> Extracted:
     """In batches that are fixed: the last bits of an image's features depend on the size of its batch."""
     pixels = images if images.dtype == torch.uint8 else to_bytes(images)
-    found = [batch(part) for part in torch.split(pixels, size)]
+    with whole_float32():
+        found = [batch(part) for part in torch.split(pixels, size)]
     features, logits = (torch.cat([part.float().cpu() for part in column]) for column in zip(*found, strict=True))
     return features, logits
 

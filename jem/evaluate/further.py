@@ -45,6 +45,7 @@ def further(
     config: JEMConfig,
     settings: EvaluateConfig,
     buffer: Callable[[], Tensor] | None,
+    device: torch.device | str = "cpu",
 ) -> tuple[dict[str, Any], Measured]:
     """Sections of the report with their metrics, and the outputs that they were made from."""
     rows = {which.what: value.cpu() for which, value in found.items() if which.images not in measured.scores}
@@ -68,7 +69,7 @@ def further(
         report["grids"] |= sampled.grids(samplers, data.train.images)
         try:
             if "gen" not in left_out:
-                report["gen"] = sampled.gen_section(samplers, data, config, settings)
+                report["gen"] = sampled.gen_section(samplers, data, config, settings, device)
                 report["metrics"] |= dict(sampled.gen_metrics(report["gen"]))
         except (ConfigError, ValueError) as error:  # no extractor, or too few images for neighbours
             left_out["gen"] = " ".join(str(error).split())

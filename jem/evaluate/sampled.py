@@ -51,12 +51,13 @@ def gen_section(
     data: DataSet,
     config: JEMConfig,
     settings: EvaluateConfig,
+    device: torch.device | str = "cpu",
 ) -> dict[str, Any]:
     """FID and its kin of each sampler's images (with what is said of it), and of test images, as many, as a floor.
 
     Raises ConfigError where there is no extractor for these data.
     """
-    extractor = extractor_for(config.data, data.image_shape, settings.generate.inception)
+    extractor = extractor_for(config.data, data.image_shape, settings.generate.inception, device)
     train, test = data.train.images, data.test.images[evenly(len(data.test), n_samples(settings))]
     reference, _ = extractor.features(train)
     held_out = to_float(test, torch.float32)

@@ -59,17 +59,19 @@ def evaluate(
     compute: Dealt,
     buffer: Callable[[], Tensor] | None = None,
     world: World = ALONE,
+    device: torch.device | str = "cpu",
 ) -> tuple[dict[str, Any], Measured]:
     """The suite `settings.suite` of a network: the report (see report.py) and the outputs it was made from.
 
     The test split is in-distribution; images are clean unless `settings.noise_std`. Temperature and threshold are
     fitted on the validation split. `buffer`: reads the chains [n, c, h, w] of the replay buffer, where there is one.
-    `world`: the ranks that call this with the same arguments, and compute together.
+    `world`: the ranks that call this with the same arguments, and compute together. `device`: where the features of
+    samples are computed.
     Raises DivergedError if an output is not finite, DataError if the ranks do not have the same sets.
     """
     began = time.monotonic()
     sizes = {name: len(split) for name, split in data.splits.items()}
-    digest, data = data.digest, replace(data, train=data.train.part())
+    digest, data = data.digest, replace(data, train=world.together(data.train.part))  # streamed, it is read here
     subjects = world.together(lambda: prepare(network, data, config, settings))
     told = world.gather(subjects.passes)
     if any(listed != told[0] for listed in told):
@@ -88,7 +90,7 @@ def evaluate(
     }
     report["model"] = {"parameters": sum(p.numel() for p in network.parameters())}
     if settings.complete:
-        sections, measured = further(found, subjects, measured, data, config, settings, buffer)
+        sections, measured = further(found, subjects, measured, data, config, settings, buffer, device)
         report |= sections | {key: report[key] | sections[key] for key in ("metrics", "conventions")}
     return report | {"seconds": time.monotonic() - began}, measured
 

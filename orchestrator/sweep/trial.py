@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 import time
 import traceback
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jem.errors import CheckpointError, ConfigError, DivergedError, JEMError
 from jem.files import Location
@@ -24,9 +25,12 @@ from orchestrator.result import Result
 from orchestrator.runs import RunRecord, lock, open_record, read_record, write_config
 from orchestrator.sweep.config import OBJECTIVES, Sweep, trial_config
 from orchestrator.sweep.fork import go_over, prepare, read_forks, write_trial
-from orchestrator.sweep.resources import worker_resources
+from orchestrator.sweep.resources import gpus_a_worker, worker_resources
 from orchestrator.sweep.shared_log import Sharing, desk
 from orchestrator.sweep.table import FIXED, GOING_ON
+
+if TYPE_CHECKING:
+    import torch
 
 TRIALS, CLOSING, STOPPING = "trials", "closing", "stopping"
 """Of a sweep's folder: its trials, and the words that no new one may begin, and none at all."""
@@ -186,7 +190,8 @@ class Work:
             if several:
                 place = worker_resources(setting.sweep, cluster.gpus)
                 return train_on_ray(config, self.root, attempt.log_path, number, init_from, cluster, until, place)
-            return train_here(config, self.root, attempt, init_from, setting.cpus, until)
+            gpu = gpus_a_worker(setting.sweep, cluster.gpus) > 0
+            return train_here(config, self.root, attempt, init_from, setting.cpus, gpu, until)
 
 
 def search_trial(sweep: Sweep, number: int, point: dict[str, Any]) -> Trial:
@@ -195,9 +200,18 @@ def search_trial(sweep: Sweep, number: int, point: dict[str, Any]) -> Trial:
 
 
 def train_here(
-    config: RunConfig, root: Location, attempt: Attempt, init_from: str | None, cpus: float, until: int | None = None
+    config: RunConfig,
+    root: Location,
+    attempt: Attempt,
+    init_from: str | None,
+    cpus: float,
+    gpu: bool = False,
+    until: int | None = None,
 ) -> dict[str, Any]:
-    """What Ray Train does with one worker, in this process: the worker function, again after an exception."""
+    """What Ray Train does with one worker, in this process: the worker function, again after an exception.
+
+    `gpu`: Ray has given this process one. Where it has not, all of the machine's are visible, and are others'.
+    """
     import torch
 
     from jem.world import World
@@ -206,14 +220,29 @@ def train_here(
     from orchestrator.worker import run
 
     torch.set_num_threads(max(1, int(cpus)))
-    device = torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
+    given = config.device == "auto" and gpu and torch.cuda.is_available()
+    device = torch.device("cuda" if given or config.device == "cuda" else "cpu")
     job = Job(config, root, attempt.log_path, attempt.number, init_from, facts(), until)
     while True:
         try:
             return run(job, World(), device)
         except Exception as error:  # counted by the worker function, which gives up in the end with a JEMError
+            if device.type == "cuda" and lost(device):
+                traceback.print_exception(error)
+                os._exit(1)  # Tune starts another process; in this one each later trial would fail, too
             if not config.recovery.max_failures:
                 raise JEMError(f"{type(error).__name__}: {error}") from error
+
+
+def lost(device: torch.device) -> bool:
+    """Whether this process can do nothing more on its GPU, as after an illegal access or a fault of the hardware."""
+    import torch
+
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError:
+        return True
+    return False
 
 
 def over(record: RunRecord, steps: int, again: bool = False) -> bool:

@@ -1,11 +1,18 @@
 """Ranks that share a batch do what one process would: several gloo processes against one."""
 
+import contextlib
 import functools
+import gc
 import math
+import time
+import weakref
+from dataclasses import replace
+from datetime import timedelta
 
 import pytest
 import torch
 from spawn import run_ranks
+from torch.distributed import set_timeout as set_group_timeout
 from torch.nn.parallel import DistributedDataParallel
 from toys import labelled_batch, small, tensors_of
 
@@ -225,7 +232,27 @@ def spoilt_evaluation(world):
         patch.setattr(suite, "prepare", prepared)
         with pytest.raises(DataError) as raised:
             suite.evaluate(None, data, small(), EvaluateConfig(), lambda _: pytest.fail("computed"), world=world)
+    told.append(str(raised.value))
+
+    class Damaged(Split):
+        def part(self):
+            if world.rank == 1:
+                raise DataError("a part of the images cannot be read")
+            return self
+
+    data = replace(data, train=Damaged(split.images, split.labels))
+    with pytest.raises(DataError) as raised:
+        suite.evaluate(None, data, small(), EvaluateConfig(), lambda _: pytest.fail("computed"), world=world)
     return [*told, str(raised.value)]
+
+
+def late_rank(world):
+    """What a rank is told that comes later than the group would have waited."""
+    set_group_timeout(timedelta(seconds=0.5))
+    world.be_patient()
+    if world.rank == 1:
+        time.sleep(1.5)
+    return world.gather(world.rank)
 
 
 def on_rank(world):
@@ -241,6 +268,7 @@ def on_rank(world):
         "collectives": rank_alone_samples(world),
         "act norm": act_norm(world),
         "spoilt": spoilt_evaluation(world),
+        "late": late_rank(world),
     }
 
 
@@ -252,10 +280,36 @@ def ranks(tmp_path_factory):
 @pytest.mark.parametrize("size", SIZES)
 def test_what_one_rank_cannot_evaluate_ends_all_of_them_with_the_reason(ranks, size):
     for number, rank in enumerate(ranks[size]):
-        broken, odd, unequal = rank["spoilt"]
+        broken, odd, unequal, damaged = rank["spoilt"]
         assert odd == ("ValueError: singular" if number == 1 else "RuntimeError: on another rank: ValueError: singular")
         assert broken == "the gradient is not finite"
         assert unequal.startswith("evaluate.sets: not all workers' machines have textures: bring it to all")
+        assert damaged == "a part of the images cannot be read"
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_ranks_that_are_patient_wait_for_one_that_is_late(ranks, size):
+    assert [rank["late"] for rank in ranks[size]] == [[*range(size)]] * size
+
+
+def test_an_error_that_all_are_told_of_keeps_nothing_alive():
+    held = []
+
+    class Batch:
+        """Gigabytes, on a GPU."""
+
+    def fail():
+        batch = Batch()
+        held.append(weakref.ref(batch))
+        raise RuntimeError("out of memory")
+
+    gc.disable()
+    try:
+        with contextlib.suppress(RuntimeError):
+            World().together(fail)
+        assert held[0]() is None
+    finally:
+        gc.enable()
 
 
 def sorted_rows(chains):

@@ -17,7 +17,7 @@ from jem.checkpoint import MANIFEST, committed, newest_good, read_manifest, rest
 from jem.errors import CheckpointError, DivergedError
 from jem.files import Location
 from jem.optim import optimizer_tensors
-from jem.saving import Writer, save
+from jem.saving import Saved, Writer, save
 from jem.train import start, train
 from jem.world import World
 
@@ -480,3 +480,19 @@ def test_the_manifest_waits_for_the_slowest_rank(two_ranks):
     assert len(seen) == 3
     assert not any(seen)
     read_manifest(root / 9).verify()
+
+
+def test_what_any_rank_has_written_is_a_sign_of_life():
+    """While rank 0 uploads the network the others, whose shards are there, wait for minutes."""
+
+    class Two(World):
+        written = iter([1, 1, 2, 2, 2, 3])
+
+        def sum(self, values):
+            return torch.tensor([0, 2 * (len(seen) == 2), next(self.written)]) if len(values) == 3 else values
+
+    seen = []
+    writer = Writer(Two(1, 2), HERE)
+    writer.pending, writer._committed = Saved(9, Location.of("/nowhere/9"), None), True
+    assert writer.finish(lambda: seen.append(len(seen))).step == 9
+    assert len(seen) == 2, "the third came with the end"

@@ -14,7 +14,7 @@ from toys import small
 from jem.config import AttackConfig, EvaluateConfig, GenerateConfig
 from jem.data.augment import to_float
 from jem.data.splits import DataSet, Split
-from jem.errors import ConfigError, DivergedError
+from jem.errors import ConfigError, DivergedError, Problem
 from jem.evaluate import ood, passes
 from jem.evaluate.against import BINNED, against, transfer, transfer_metrics
 from jem.evaluate.attacks import norm_of
@@ -340,6 +340,20 @@ def test_images_that_are_wrong_from_the_start_count_as_broken(data):
     assert report["robust"]["k"]["0"]["clean"][0] == 1 - sum(wrong) / 7
     found = report["robust"]["k"]["0"]["norms"]["linf"]["found"]["worst"]
     assert [v == 0 for v in found] == wrong
+
+
+def test_features_of_samples_are_computed_where_the_network_is(data, monkeypatch):
+    asked = []
+
+    def extractor(*arguments):
+        asked.append(arguments[3])
+        raise ConfigError([Problem("evaluate.generate.inception", "enough")])
+
+    monkeypatch.setattr("jem.evaluate.sampled.extractor_for", extractor)
+    net = trained(data)
+    compute = compute_here(net, CONFIG, FEW, World(), LIKE)
+    evaluate(net, data, CONFIG, FEW, compute, device=torch.device("cuda:1"))
+    assert asked == [torch.device("cuda:1")]
 
 
 def test_samples_are_of_the_prior_and_of_the_buffer_and_a_classifier_has_none(data, generator):

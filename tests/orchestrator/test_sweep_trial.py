@@ -1,14 +1,18 @@
 """A trial's work, without Ray: what Ray Tune is told of it."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
+import torch
 
+from jem.errors import JEMError
 from jem.files import Location
+from orchestrator.config import load_run_config
 from orchestrator.ray_cluster import Cluster
 from orchestrator.runs import read_record
 from orchestrator.sweep.config import load_sweep
-from orchestrator.sweep.trial import CLOSING, Setting, Trial, Work
+from orchestrator.sweep.trial import CLOSING, Setting, Trial, Work, train_here
 
 SWEEP = """
 base: digits
@@ -91,3 +95,63 @@ def test_when_the_budget_is_spent_no_further_trial_begins(work, tmp_path):
     one = work({})
     assert told(one)[-1]["status"] == "out of time"
     assert not one.root.exists()
+
+
+@pytest.mark.parametrize(("device", "gpu", "there", "used"), [
+    ("auto", False, True, "cpu"),  # every GPU of a machine is visible to a process that was given none
+    ("auto", True, True, "cuda"),
+    ("auto", True, False, "cpu"),
+    ("cuda", False, True, "cuda"),
+    ("cpu", True, True, "cpu"),
+])  # fmt: skip
+def test_a_trial_computes_on_a_gpu_that_ray_has_given_it(tmp_path, monkeypatch, device, gpu, there, used):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    monkeypatch.setattr("orchestrator.worker.run", lambda _job, _world, found: {"on": found.type})
+    assert here(tmp_path, gpu, f"device={device}") == {"on": used}
+
+
+def test_what_a_trial_is_given_is_what_its_process_uses(work, monkeypatch):
+    given = []
+    monkeypatch.setattr("orchestrator.sweep.trial.train_here", lambda *a: given.append(a[5]) or {"status": "stopped"})
+    for resources in ({}, {"resources.gpu": 0.5}):
+        work({}, f"t{len(given)}", **resources).thread.join()
+    assert given == [False, True]
+
+
+def test_a_process_that_has_lost_its_gpu_ends_so_that_the_next_trial_has_another(tmp_path, monkeypatch):
+    class Ended(BaseException):
+        pass
+
+    def fail(*_):
+        raise RuntimeError("an illegal memory access was encountered")
+
+    def end(code):
+        raise Ended(code)
+
+    monkeypatch.setattr("orchestrator.worker.run", fail)
+    monkeypatch.setattr(torch.cuda, "synchronize", fail)
+    monkeypatch.setattr("orchestrator.sweep.trial.os._exit", end)
+    with pytest.raises(Ended, match="1"):
+        here(tmp_path, True, "device=cuda")
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
+    with pytest.raises(JEMError, match="illegal"):
+        here(tmp_path, True, "device=cuda", "recovery.max_failures=0")
+
+
+def test_deterministic_kernels_are_of_the_trial_that_asks_for_them(tmp_path, monkeypatch):
+    seen = []
+
+    def setup(*_):
+        seen.append(torch.are_deterministic_algorithms_enabled())
+        raise JEMError("enough")
+
+    monkeypatch.setattr("orchestrator.worker.setup", setup)
+    for wanted in ("true", "false"):
+        here(tmp_path, False, f"deterministic={wanted}")
+    assert seen == [True, False]
+
+
+def here(folder, gpu, *settings):
+    config = load_run_config("digits", ["workers=1", *settings])
+    attempt = SimpleNamespace(log_path=folder / "events.jsonl", number=1)
+    return train_here(config, Location.of(folder), attempt, None, 1.0, gpu)

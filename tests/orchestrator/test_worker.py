@@ -34,6 +34,7 @@ from jem.config import DataConfig
 from jem.data import parquet, stream
 from jem.data.augment import to_float
 from jem.data.sources import load
+from jem.errors import DataError, JEMError
 from jem.files import Location
 from jem.world import World
 from orchestrator import control
@@ -471,6 +472,22 @@ def test_an_error_of_one_rank_is_the_same_clear_error_on_all(two_ranks, story, m
     _, told = two_ranks
     assert same(told, story, "status") == "bad data"
     assert same(told, story, "message") == message
+
+
+def test_images_that_one_rank_cannot_read_end_its_process_and_so_all(tmp_path):
+    """Returned as the run's status, they would leave the other ranks waiting for its gradients."""
+
+    def unreadable(_step):
+        raise DataError("train-00003.parquet: row group 7 is damaged")
+
+    training = prepared(tmp_path)
+    training.batches.at = unreadable
+    with pytest.raises(DataError):
+        training.batch_at(3)
+    training.world = World(1, 2)
+    with pytest.raises(RuntimeError, match="row group 7") as raised:
+        training.batch_at(3)
+    assert not isinstance(raised.value, JEMError)
 
 
 def test_what_is_not_finite_on_one_rank_ends_the_run_on_all(two_ranks):
