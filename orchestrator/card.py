@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from orchestrator.bundled import bundled_models
 from orchestrator.config import DEFAULTS
 from orchestrator.report_further import (
     chains_about,
@@ -134,7 +135,9 @@ def _use(report: dict[str, Any] | None, served: dict[str, Any] | None, links: di
         f"model = mlflow.pyfunc.load_model({links.get('model', 'models:/NAME@champion')!r})\n"
         f"answer = model.predict(images)  # {served['dtype']}, {values}, {served['layout']}: [{shape}]\n```"
     )
-    digest = served["digest"]
+    digest, name = served["digest"], served.get("info", {}).get("name")
+    if name in bundled_models():
+        yield f"It comes with the project, and is registered there by `python jobs/register.py {name}`."
     yield (
         "MLflow looks where `mlflow.set_tracking_uri` or `MLFLOW_TRACKING_URI` says (of runs below `./runs` it is "
         "`sqlite:///runs/mlflow.db`). The champion may be another model: this one is the version whose tag "

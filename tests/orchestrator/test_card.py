@@ -66,6 +66,13 @@ def test_images_are_described_as_predict_takes_them():
     assert "float32, 0 to 1, NCHW: [n, 1, 8, 8]" in model_card(report, served, {})
 
 
+def test_a_model_that_comes_with_the_project_has_to_be_registered_first(card):
+    report = made_report("fast")
+    text = model_card(report, made_card(report) | {"info": {"name": "fashion_mnist"}}, {})
+    assert "`python jobs/register.py fashion_mnist`" in section(text, "How to use it")
+    assert "register.py" not in card
+
+
 def test_a_model_that_is_not_served_has_no_snippet():
     text = model_card(made_report("fast"), None, {})
     assert "load_model" not in text
