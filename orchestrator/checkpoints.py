@@ -65,7 +65,7 @@ class Checkpoints:
     def folder(self) -> Location:
         return self.root / "checkpoints"
 
-    def claim(self, attempt: int = 1, max_failures: int = 3) -> None:
+    def claim(self, attempt: int = 1, max_failures: int = 3, hang_timeout: float = 300.0) -> None:
         """From now on this group of workers, and no earlier one, writes checkpoints of the run.
 
         Raises JEMError on every rank if a later driver has the run, if the workers have died `max_failures`
@@ -80,8 +80,10 @@ class Checkpoints:
             if self.starts > max_failures + 1:
                 raise JEMError(
                     f"{self.root.uri}: the workers died {max_failures + 1} times without a new checkpoint; "
-                    f"{_last_failure(self.root)}. recovery.max_failures={max_failures} allows no more"
+                    f"{_last_failure(self.root, hang_timeout)}. recovery.max_failures={max_failures} allows no more"
                 )
+            with contextlib.suppress(OSError):
+                (self.root / FAILURE).remove()  # what ended others is no reason for the end of this one
             self._write_owner(attempt, token)
             self._collect_halves()
             return token
@@ -266,12 +268,16 @@ def write_failure(root: Location, world: World) -> None:
         (root / FAILURE).write(text.encode())
 
 
-def _last_failure(root: Location) -> str:
+def _last_failure(root: Location, hang_timeout: float) -> str:
     try:
         last = (root / FAILURE).read().decode().strip().splitlines()[-1]
         return f"the last time with {last} ({(root / FAILURE).uri})"
     except (OSError, IndexError):
-        return "the last time without a word, as a process that is killed (out of memory?)"
+        return (
+            "the last time without a word, as a process does that is killed (out of memory?), or that makes no step "
+            f"for recovery.hang_timeout={hang_timeout:g} s: raise that if a step takes longer; if it hung, in a "
+            "collective or on a disk, the .err files of Ray's logs have its stacks"
+        )
 
 
 def _check_science(manifest: Manifest, config: RunConfig) -> None:

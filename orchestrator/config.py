@@ -30,6 +30,12 @@ MODELS, MODEL_CARD = RECIPES.with_name("models"), "model.json"
 ON_DISK = ("imagefolder", "parquet")
 """Data whose shape and size are known from their folder, which takes numpy and time to read."""
 
+LONGEST_NAME = 200
+"""Of a run, in bytes: a file's name has 255, and locks, workbenches and NAME-seeds are made of it."""
+
+OURS = ("mlflow.db", "mlartifacts")
+"""What lies beside the runs: MLflow's database and files (tracking.py)."""
+
 PATHS = ("init_from", "data.root", "evaluate.generate.inception")
 """Settings that are a local path, or a URI such as s3://... or models:/..."""
 
@@ -225,6 +231,10 @@ def folder_name(key: str, name: str) -> Iterator[tuple[str, str]]:
     """What is wrong with the name of a run, which is that of its folder."""
     if not name or set(name) & set("/\\ ") or name.startswith("."):
         yield key, f"is {name!r}, must be a folder's name: no slashes, spaces or leading dot"
+    elif len(name.encode()) > LONGEST_NAME:
+        yield key, f"is {name[:20]}... of {len(name.encode())} bytes, must be a folder's name: {LONGEST_NAME} at most"
+    elif name in OURS:
+        yield key, f"is {name!r}, which lies beside the runs in storage_path; give another"
 
 
 def load_run_config(recipe: str, arguments: Sequence[str]) -> RunConfig:
@@ -468,6 +478,8 @@ def mistakes(entries: dict[str, Entry]) -> tuple[Problem, ...]:
 
 def anchored(key: str, entry: Entry) -> Entry:
     """Local paths are relative to where the command is typed; workers run elsewhere."""
+    if key == "evaluate.sets" and isinstance(entry.value, list):
+        return Entry([_anchored_set(str(one)) for one in entry.value], entry.origin)
     path = entry.raw or entry.value
     if key not in PATHS or not isinstance(path, str) or path in ("", "none", "None") or ":/" in path:
         return entry
@@ -475,6 +487,11 @@ def anchored(key: str, entry: Entry) -> Entry:
     typed = Path(os.path.abspath(os.path.expanduser(path)))
     path = str(bundled if key == "init_from" and not typed.exists() and (bundled / MODEL_CARD).exists() else typed)
     return Entry(path, entry.origin, path)
+
+
+def _anchored_set(name: str) -> str:
+    """A data set's name, or the absolute path of the folder that it is."""
+    return name if "://" in name or os.sep not in name else os.path.abspath(os.path.expanduser(name))
 
 
 def plain(value: Any) -> Any:

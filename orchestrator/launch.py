@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 import sys
 import threading
 import time
@@ -24,9 +25,9 @@ from orchestrator.progress import Progress, follow
 from orchestrator.ray_cluster import start_ray, train_on_ray
 from orchestrator.registry import check_source, resolve_model
 from orchestrator.result import Result
-from orchestrator.runs import RunRecord, lock, open_record, storage_of, write_config
+from orchestrator.runs import RunRecord, check_kind, lock, open_record, storage_of, write_config
 from orchestrator.signals import StopSignals
-from orchestrator.tracking import Uploader, default_uri
+from orchestrator.tracking import Uploader, check_uri, default_uri
 from orchestrator.waiting import wait_for_ray
 
 log = logging.getLogger(__name__)
@@ -44,6 +45,7 @@ def launch(config: RunConfig, fresh: bool = False) -> Result:
     uri, artifact_root = default_uri(storage, config.tracking.uri)
     assert config.name
     root = storage / config.name
+    check_kind(root)
     if fresh or not (root / "run.json").exists():  # one that has begun may go on though these have gone since
         check_before(config)
     with lock(root):
@@ -62,6 +64,7 @@ def check_before(config: RunConfig) -> None:
     if config.evaluate.suite != "none":
         check_sets(config.evaluate.sets, config.data)
     check_source(config.init_from)
+    check_uri(config.tracking.uri)
 
 
 class Launch(Attempt):
@@ -71,7 +74,9 @@ class Launch(Attempt):
         super().__init__(config, root, record)
         self.tracking_uri = shown(uri)
         self.uri = uri
-        known = record.mlflow.get("run_id") if record.mlflow.get("uri") == shown(uri) else None
+        before = record.mlflow.get("uri")
+        self.moved_from = before if before != shown(uri) else None
+        known = record.mlflow.get("run_id") if before == shown(uri) else None
         self.uploader = Uploader(
             log_path=self.log_path,
             run_dir=self.folder,
@@ -109,17 +114,35 @@ class Launch(Attempt):
             before = yaml.safe_load((self.root / "recipe.yaml").read())["evaluate"]
         except (OSError, ValueError, LookupError, TypeError, yaml.YAMLError):
             return
-        for key in ("register", "model_name", "champion", "input_layout", "input_dtype"):
+        root, places = self.root.uri, f"storage_path={self.config.storage_path} tracking.uri={self.tracking_uri}"
+        for key in (
+            "register",
+            "model_name",
+            "champion",
+            "input_layout",
+            "input_dtype",
+            "suite",
+            "sets",
+            "final",
+            "ema",
+        ):
             now = plain(getattr(self.config.evaluate, key))
-            if now != before.get(key, now):
-                again = "--fresh trains it anew"
-                if not key.startswith("input_"):
-                    changed = f" evaluate.{key}={now}" if key != "register" else ""
-                    places = f"storage_path={self.config.storage_path} tracking.uri={self.tracking_uri}"
-                    again = f"python jobs/register.py {self.root.uri}{changed} {places} registers it again, {again}"
-                print(
-                    f"evaluate.{key}={now} changes nothing: {self.record.name} has finished; {again}", file=sys.stderr
-                )
+            if now == before.get(key, now) or (key, now) == ("suite", "none"):
+                continue
+            shows = f"[{','.join(now)}]" if isinstance(now, list) else now
+            changed, again = f"evaluate.{key}={shows}", "--fresh trains it anew"
+            if key in ("register", "model_name", "champion"):
+                asked = "" if key == "register" else f" {changed}"
+                again = f"python jobs/register.py {root}{asked} {places} registers it again, {again}"
+            elif key in ("suite", "sets"):
+                again = f"{shlex.join(['python', 'jobs/evaluate.py', root, changed])} measures it"
+            self._changes_nothing(changed, again)
+        if self.config.tracking.uri and self.moved_from and self.record.mlflow["complete"]:
+            again = f"it is in {self.moved_from}, python jobs/sync.py {root} {places} sends it there, too"
+            self._changes_nothing(f"tracking.uri={self.tracking_uri}", again)
+
+    def _changes_nothing(self, changed: str, again: str) -> None:
+        print(f"{changed} changes nothing: {self.record.name} has finished; {again}", file=sys.stderr)
 
     def run(self) -> Result:
         with StopSignals(self._last_word) as self.signals:

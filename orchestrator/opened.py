@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -81,8 +80,6 @@ def open_model(source: str, arguments: Sequence[str] = ()) -> Opened:
     """
     changes, problems = parse_arguments(arguments)
     changes = {key: anchored(key, entry) for key, entry in changes.items()}
-    if "evaluate.sets" in changes:
-        changes["evaluate.sets"] = _absolute_sets(changes["evaluate.sets"])
     if problems:
         raise ConfigError(problems)
     if source.startswith(SCHEMES):
@@ -218,17 +215,6 @@ def _config(recorded: Mapping[str, Any], changes: Mapping[str, Entry], free: tup
         of_fixed = [told.pop(key, Problem(key, may, changes[key].origin)) for key in fixed]  # unknown ones are told so
         raise ConfigError([*of_fixed, *(problem for key, problem in told.items() if key.startswith(free))])
     return build(RunConfig, entries)
-
-
-def _absolute_sets(entry: Entry) -> Entry:
-    """Folders among evaluate.sets, relative to where the command is typed."""
-    if not isinstance(entry.value, list):
-        return entry
-    local = [
-        str(v) if "://" in str(v) or os.sep not in str(v) else os.path.abspath(os.path.expanduser(v))
-        for v in entry.value
-    ]
-    return Entry(local, entry.origin)
 
 
 def _shape(values: Sequence[int]) -> tuple[int, int, int]:

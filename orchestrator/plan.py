@@ -13,12 +13,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from jem.data.catalog import DataSpec, describe
 from jem.data.stream import WINDOW_BYTES
 from jem.errors import DataError
+from jem.files import Location
 from jem.models import make_network
 from jem.train import dtype_of
 from orchestrator.config import ON_DISK, RunConfig, to_yaml
 from orchestrator.launch import check_before
 from orchestrator.result import Result
-from orchestrator.runs import planned_storage
+from orchestrator.runs import check_kind, planned_storage
 
 
 def plan(config: RunConfig) -> Result:
@@ -26,6 +27,8 @@ def plan(config: RunConfig) -> Result:
     folder = planned_storage(config)
     if "://" in folder or not (Path(folder) / "run.json").exists():
         check_before(config)
+    if "://" not in folder and config.seeds == 1:
+        check_kind(Location.of(folder))
     spec = describe(config.data)
     print(to_yaml(config))
     several, counts = _several(config)

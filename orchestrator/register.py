@@ -26,6 +26,9 @@ CHAMPION = "champion"
 CHECKPOINT_TAG, DATA_TAG, WHY_TAG, METRIC_TAG = "jem.checkpoint", "jem.data", "jem.champion", "jem.validation."
 """Of a version: the digests of its weights and data, why it is the champion or not, its validation figures."""
 
+BY_TAG = "jem.champion_by"
+"""Of a version: the figure by which it was compared with the champion; older ones are without."""
+
 TAKES_TAG = "jem.takes"
 """Layout and dtype of the images that it takes; older versions are without."""
 
@@ -55,11 +58,15 @@ def register(client: Any, run_id: str, folder: Path, item: Model, description: s
             await_creation_for=0,
             model_id=logged.model_id,
         )
-    why = version.tags.get(WHY_TAG)
+    why, by = version.tags.get(WHY_TAG), version.tags.get(BY_TAG, "nll")
     if why is None:  # made just now, or by a call that did not come to its end
         _link(client, version, card.digest)
+    if why is None or by != item.champion:
         why = _challenge(client, version, item.champion)
-        client.set_model_version_tag(item.name, version.version, WHY_TAG, why)
+        client.set_model_version_tag(item.name, version.version, BY_TAG, item.champion)
+        client.set_model_version_tag(item.name, version.version, WHY_TAG, why)  # last: what came before is done
+    elif why.startswith("yes") and (now := _champion(client, item.name)) is not None and now.version != version.version:
+        why = f"no: version {now.version} is by now"
     return Registered(f"models:/{item.name}/{version.version}", why)
 
 
@@ -173,7 +180,7 @@ def _challenge(client: Any, version: Any, metric: str) -> str:
         client.set_registered_model_alias(version.name, CHAMPION, version.version)
         return f"yes: the first one (validation {metric} {mine:.6g})"
     if str(champion.version) == str(version.version):  # said to be, and then its tag was not written
-        return f"yes: validation {metric} {mine:.6g}"
+        return f"yes: validation {metric} {mine:.6g}"  # or compared by another figure
     held = f"version {champion.version}"
     if champion.tags.get(DATA_TAG) != version.tags.get(DATA_TAG):
         return f"no: {held} was validated on other data, so {metric} cannot be compared; move the alias by hand"

@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 from jem.errors import DataError
 from jem.files import Location
 from jem.predict import CARD, WEIGHTS
+from orchestrator.config import shown
 from orchestrator.mlflow_run import prepared
 from orchestrator.tracking import default_uri
 
@@ -31,6 +32,8 @@ def model_folder(source: str, uri: str | None, storage: str, target: Path) -> Fo
     `uri`: of MLflow; None: where runs in the folder `storage` are tracked. Raises DataError if it cannot be had.
     """
     uri = default_uri(Location.of(storage), uri)[0]
+    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():  # MLflow would make one
+        raise DataError(f"{source}: there is no MLflow at {uri}; say where with storage_path= or tracking.uri=")
     found, run_id = fetch(source, uri, target)
     cards = sorted(found.rglob(CARD))
     if not cards:
@@ -79,7 +82,9 @@ def fetch(source: str, uri: str, target: Path) -> tuple[Path, str | None]:
         text = (str(error) or type(error).__name__).splitlines()[0]
         password = urlsplit(uri).password
         text = text.replace(password, "***") if password else text  # MLflow repeats it
-        raise DataError(f"{source} cannot be had from MLflow: {text}") from error
+        bare = source.startswith("models:/") and not set("@/") & set(source.removeprefix("models:/"))
+        hint = f"; of a registered model say which version: {source}@champion" if bare else ""
+        raise DataError(f"{source} cannot be had from MLflow at {shown(uri)}: {text}{hint}") from error
     return Path(path), run_id
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,16 +36,14 @@ def send_report(opened: Opened, report: dict[str, Any], folder: Path) -> tuple[s
     if not left:
         return sent["run_id"], shown(uri), ""
     known = opened.mlflow.get("run_id") if opened.mlflow.get("uri") in (shown(uri), uri) else None
-    spec = RunSpec(
-        uri,
-        str(opened.mlflow.get("experiment") or opened.config.tracking.experiment),
-        opened.name,
-        artifact_root,
-        {} if known else opened.config.science,
-        {} if known else {"evaluated": opened.source, "model.digest": opened.digest},
-    )
+    experiment = str(opened.mlflow.get("experiment") or opened.config.tracking.experiment)
+    told = {"evaluated": opened.source, "model.digest": opened.digest}
+    own = RunSpec(uri, experiment, opened.name, artifact_root, opened.config.science, told)
+    spec, token = replace(own, params={}, tags={}) if known else own, f"evaluation-{opened.digest}"
     try:
-        run = MLflowRun(spec, known, token=f"evaluation-{opened.digest}", resume=False)
+        run = MLflowRun(spec, known, token, resume=False)
+        if known and run.run_id != known:  # it was deleted
+            run, known = MLflowRun(own, run.run_id, token, resume=False), None
         figures = report["metrics"] if folder.name in left else {}
         items: list[Item] = _points(run, report, figures | _of_comparisons(folder.parent, left), opened.step or 0)
         items += [Tags(gen_tags(report["gen"]))] if "gen" in report else []

@@ -94,6 +94,13 @@ def read_record(root: Location) -> RunRecord | None:
         raise ConfigError(f"{path.uri}: damaged ({error}); {remedy}") from error
 
 
+def check_kind(root: Location) -> None:
+    """Raises ConfigError for the folder of a sweep or of several seeds, which a run would make unreadable."""
+    if (root / "sweep.json").exists():
+        message = f"{root.uri} is the folder of a sweep, or of several seeds; give another name="
+        raise ConfigError([Problem("name", message)])
+
+
 def open_record(root: Location, config: RunConfig, fresh: bool) -> RunRecord:
     """The record of the run to work on: the one that is there, or a new one.
 

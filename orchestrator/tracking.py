@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -49,6 +50,25 @@ def default_uri(storage: Location, configured: str | None) -> tuple[str, str | N
     if uri.startswith("sqlite:///"):  # beside the file: an object store would need a client of its own in MLflow
         return uri, str(Path(uri.removeprefix("sqlite:///")).parent / "mlartifacts")
     return uri, (storage / "mlartifacts").uri
+
+
+def check_uri(configured: str | None) -> None:
+    """Raises ConfigError for a tracking URI that names no MLflow, which training would hear of again and again."""
+    uri = configured or os.environ.get("MLFLOW_TRACKING_URI") or ""
+    scheme, _, rest = uri.partition("://")
+    files = scheme == "file" or (not rest and "://" not in uri)
+    if not uri or uri.startswith("databricks") or (files and os.environ.get("MLFLOW_ALLOW_FILE_STORE")):
+        return
+    if files or not rest or (scheme == "sqlite" and not rest.startswith("/")):
+        if re.fullmatch(r"[\w.-]+:\d+/?", uri):
+            meant = f"http://{uri}"
+        elif uri.startswith("sqlite:"):
+            meant = f"sqlite:///{os.path.abspath(uri.removeprefix('sqlite:').lstrip('/') or 'mlflow.db')}"
+        else:  # a folder, as MLflow's file store had it
+            path = f"/{uri.removeprefix('file:').lstrip('/')}" if uri.startswith("file:") else uri
+            meant = f"sqlite:///{os.path.abspath(os.path.expanduser(path))}/mlflow.db"
+        message = f"is {uri!r}, which names no MLflow: a server is http://HOST:PORT, a file sqlite:///PATH, as {meant}"
+        raise ConfigError([Problem("tracking.uri", message)])
 
 
 class Sender:

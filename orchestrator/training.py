@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import shlex
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -380,7 +381,9 @@ class Training:
             raise
         except Exception as error:  # whatever it is, the run has been trained
             log.exception("the evaluation of %s failed", self.job.root.uri)
-            again = f"python jobs/evaluate.py {self.job.root.uri}"
+            asked = [f"evaluate.suite={config.evaluate.suite}"]
+            asked += [f"evaluate.sets=[{','.join(config.evaluate.sets)}]"] if config.evaluate.sets else []
+            again = shlex.join(["python", "jobs/evaluate.py", self.job.root.uri, *asked])
             told = f"trained to the end, but not evaluated: {_said(error)}; {again}"
             self.event("note", text=told)
             return told

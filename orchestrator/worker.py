@@ -53,7 +53,7 @@ def setup(job: Job, world: World, device: torch.device, report: Report) -> Train
     config = job.config
     checkpoints = Checkpoints(world, job.root, config.checkpoint, device, config.recovery.healthy_steps)
     same_folder(world, job.root, job.word)
-    checkpoints.claim(job.attempt, patience(config))
+    checkpoints.claim(job.attempt, patience(config), config.recovery.hang_timeout)
     data = world.together(lambda: load(config.data))
     same_data(world, data.digest)
     recovery = on_rank_0(world, lambda: read_recovery(job.root, config))

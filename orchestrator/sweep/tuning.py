@@ -73,26 +73,75 @@ class SweepTrial(tune.Trainable):  # type: ignore[misc]
         """Runs find their own."""
 
 
-class Suggestions(Searcher):  # type: ignore[misc]
+class Limited(Searcher):  # type: ignore[misc]
+    """Trials, no more of them under way than `at_once`.
+
+    Tune's own limit is part of what it remembers of a stage: who goes on with another one would not get it.
+    """
+
+    at_once = 1
+    """Of the class, as Tune restores the object that an earlier driver made."""
+
+    def __init__(self, **keywords: Any) -> None:
+        super().__init__(**keywords)
+        self.count = 0
+        self.live: set[str] = set()
+
+    def set_search_properties(self, *_: Any, **__: Any) -> bool:
+        return True
+
+    def suggest(self, trial_id: str) -> Any:
+        if len(self.live) >= self.at_once:
+            return None  # it is asked again
+        found = self.next_trial(trial_id)
+        if found is None:
+            return Searcher.FINISHED
+        self.live.add(trial_id)
+        self.count += 1
+        return {"trial": asdict(found)}
+
+    def next_trial(self, trial_id: str) -> Trial | None:
+        raise NotImplementedError
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        """Ends alone tell."""
+
+    def on_trial_complete(self, trial_id: str, *_: Any, **__: Any) -> None:
+        self.live.discard(trial_id)
+
+    def save(self, checkpoint_path: str) -> None:
+        Path(checkpoint_path).write_bytes(pickle.dumps(self.__dict__))
+
+    def restore(self, checkpoint_path: str) -> None:
+        self.__dict__.update({"live": set(), **pickle.loads(Path(checkpoint_path).read_bytes())})
+
+
+class Given(Limited):
+    """Trials that do not depend on each other, in their order."""
+
+    def __init__(self, trials: Sequence[Trial]) -> None:
+        super().__init__()
+        self.trials = list(trials)
+
+    def next_trial(self, trial_id: str) -> Trial | None:  # noqa: ARG002
+        return self.trials[self.count] if self.count < len(self.trials) else None
+
+
+class Suggestions(Limited):
     """Optuna's suggestions as trials. The base comes first, and a trial that came to nothing is a bad one."""
 
     def __init__(self, sweep: Sweep) -> None:
         keys = list(sweep.config.objective)
         modes = [OBJECTIVES[key].mode for key in keys]
         super().__init__(metric=keys, mode=modes)
-        self.sweep, self.count = sweep, 0
+        self.sweep = sweep
         metric, mode = (keys, modes) if len(keys) > 1 else (keys[0], modes[0])
         space = partial(draw, sweep.space)
         self.inner = OptunaSearch(space, metric=metric, mode=mode, seed=sweep.config.seed)
         self.inner_ids: dict[str, str] = {}  # Optuna's trial of one of Tune's; the base has none
 
-    def set_search_properties(self, *_: Any, **__: Any) -> bool:
-        return True
-
-    def suggest(self, trial_id: str) -> dict[str, Any] | None:
-        number, self.count = self.count, self.count + 1
-        point = self._drawn(trial_id) if number else {}
-        return {"trial": asdict(search_trial(self.sweep, number, point))}
+    def next_trial(self, trial_id: str) -> Trial:
+        return search_trial(self.sweep, self.count, self._drawn(trial_id) if self.count else {})
 
     def _drawn(self, trial_id: str) -> dict[str, Any]:
         """A point that can be: Optuna is told that others are bad, and asked again."""
@@ -110,21 +159,13 @@ class Suggestions(Searcher):  # type: ignore[misc]
     def worst(self) -> dict[str, float]:
         return {key: OBJECTIVES[key].worst for key in self.sweep.config.objective}
 
-    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        """Optuna learns from ends alone."""
-
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        super().on_trial_complete(trial_id)
         if trial_id not in self.inner_ids:
             return
         if error or not result or any(key not in result for key in self.sweep.config.objective):
             result = self.worst
         self.inner.on_trial_complete(self.inner_ids[trial_id], result)
-
-    def save(self, checkpoint_path: str) -> None:
-        Path(checkpoint_path).write_bytes(pickle.dumps(self.__dict__))
-
-    def restore(self, checkpoint_path: str) -> None:
-        self.__dict__.update(pickle.loads(Path(checkpoint_path).read_bytes()))
 
 
 def run_stage(stage: str, trials: Sequence[Trial], setting: Setting, fit: Fit) -> dict[str, str]:
@@ -160,6 +201,7 @@ def _tuner(stage: str, trials: Sequence[Trial], setting: Setting, fit: Fit, trai
     """One that goes on where there is one."""
     sweep, folder = setting.sweep, setting.root / "tune"
     path = str(Path(folder.path) / stage)
+    Limited.at_once = fit.at_once
     # A driver that died between Tune's two files left one that Tune takes, and then forgets all trials.
     begun = any(child.name.startswith("experiment_state-") for child in (folder / stage).children())
     if not begun:
@@ -168,14 +210,11 @@ def _tuner(stage: str, trials: Sequence[Trial], setting: Setting, fit: Fit, trai
         return tune.Tuner.restore(
             path, trainable=trainable, storage_filesystem=folder.fs, resume_unfinished=True, restart_errored=True
         )
-    space = {"trial": tune.grid_search([asdict(trial) for trial in trials])} if trials else {}
     return tune.Tuner(
         trainable,
-        param_space=space,
         tune_config=tune.TuneConfig(
-            num_samples=1 if trials else sweep.config.budget.trials,
-            max_concurrent_trials=fit.at_once,
-            search_alg=None if trials else Suggestions(sweep),
+            num_samples=len(trials) or sweep.config.budget.trials,
+            search_alg=Given(trials) if trials else Suggestions(sweep),
             scheduler=scheduler(sweep) if stage == "search" else None,
             reuse_actors=True,
             trial_name_creator=_name,

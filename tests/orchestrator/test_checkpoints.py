@@ -406,6 +406,14 @@ def test_workers_that_die_without_a_new_checkpoint_are_not_replaced_for_ever(roo
         group(root).claim(attempt=2, max_failures=2)
 
 
+def test_a_reason_that_others_died_of_is_not_given_for_a_later_death(root):
+    group(root).claim(attempt=1, max_failures=0)
+    (root / "failure.txt").write(b"rank 0 of 1\nTraceback\nValueError: mended long ago\n")
+    group(root).claim(attempt=2, max_failures=0)
+    with pytest.raises(JEMError, match=r"killed \(out of memory\?\), or .*recovery\.hang_timeout=7 s: raise that"):
+        group(root).claim(attempt=2, max_failures=0, hang_timeout=7.0)
+
+
 def test_half_a_note_of_workers_that_were_killed_while_they_wrote_it_goes_with_the_next_group(root):
     group(root).claim(attempt=1)
     for half in (".failure.txt.0123abcd.tmp", ".owner.0123abcd.tmp", ".run.json.0123abcd.tmp"):

@@ -251,9 +251,20 @@ def test_a_registered_model_is_named_after_its_data_or_as_asked(settings, name):
     assert load_run_config("digits", settings).registered_name == name
 
 
-@pytest.mark.parametrize("name", ["a/b", "a b", ".hidden", "", "a\\b"])
+@pytest.mark.parametrize("name", ["a/b", "a b", ".hidden", "", "a\\b", "a" * 201, "é" * 101])
 def test_a_name_must_be_a_folders(name):
     assert any("must be a folder's name" in p for p in problems("digits", f"name={name}"))
+
+
+def test_a_name_is_not_that_of_mlflows_files_beside_the_runs():
+    assert any("lies beside the runs" in p for p in problems("digits", "name=mlflow.db"))
+    assert load_run_config("digits", ["name=" + "a" * 200]).name == "a" * 200
+
+
+def test_folders_of_outliers_are_those_of_where_the_command_is_typed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = load_run_config("digits", ["evaluate.sets=[interp,./photos,s3://bucket/a]"])
+    assert list(config.evaluate.sets) == ["interp", f"{tmp_path}/photos", "s3://bucket/a"]
 
 
 # Mistakes

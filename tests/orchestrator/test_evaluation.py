@@ -336,3 +336,19 @@ def test_a_training_that_ends_with_the_full_suite_scores_the_buffer_that_it_leav
     assert list(outcome["report"]["robust"]["k"]) == ["0", "1"]
     tags = [event["tags"] for event in log_of(tmp_path / "run", "tags")]
     assert {"gen.lenet": f"digits sha256:{again['gen']['extractor']['sha256']}"} in tags
+
+
+@pytest.mark.usefixtures("tables")
+def test_an_evaluation_of_a_run_that_mlflow_has_lost_is_a_run_of_its_own_that_ends(runs):
+    client = MlflowClient(f"sqlite:///{runs / 'mlflow.db'}")
+    lost = client.create_run("0").info.run_id
+    record = read_record(Location.of(runs / "one"))
+    record.mlflow = {"uri": f"sqlite:///{runs / 'mlflow.db'}", "experiment": "jem", "run_id": lost}
+    record.save(Location.of(runs / "one"))
+    client.delete_run(lost)
+    result = evaluated(runs / "one", FAST)
+    run = client.get_run(result.run_id)
+    assert (result.run_id != lost, run.info.status) == (True, "FINISHED")
+    assert run.data.tags["evaluated"] == str(runs / "one")
+    assert run.data.params["seed"] == "0"
+    assert run.data.metrics == pytest.approx(result.metrics)

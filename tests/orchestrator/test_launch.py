@@ -13,7 +13,9 @@ from jem.errors import ConfigError, DataError
 from orchestrator.config import load_run_config, to_yaml
 from orchestrator.events import EventLog
 from orchestrator.launch import launch
+from orchestrator.plan import plan
 from orchestrator.runs import RunRecord
+from orchestrator.tracking import check_uri
 
 pytestmark = pytest.mark.timeout(120)
 TINY = ("steps=4", "batch_size=8", "model.channels=[4]", "replay.capacity=16", "name=done")
@@ -112,3 +114,56 @@ def test_a_finished_run_is_read_out_though_what_it_began_with_has_gone(finished,
         with pytest.raises((ConfigError, DataError), match=r"/nowhere"):
             launch(load_run_config("digits", [*TINY, *settings, "name=new"]))
     assert not (tmp_path / "runs" / "new").exists()
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+def test_a_run_does_not_begin_in_the_folder_of_a_sweep(tmp_path, fresh):
+    folder = tmp_path / "runs" / "done"
+    folder.mkdir(parents=True)
+    (folder / "sweep.json").write_text("{}")
+    config = load_run_config("digits", [*TINY, f"storage_path={tmp_path}/runs"])
+    for start in (lambda: launch(config, fresh), lambda: plan(config)):
+        with pytest.raises(ConfigError, match=r"name: .*/done is the folder of a sweep, or of several seeds"):
+            start()
+    assert [path.name for path in folder.iterdir()] == ["sweep.json"]
+
+
+@pytest.mark.parametrize(
+    ("uri", "meant"),
+    [
+        ("localhost:5000", "http://localhost:5000"),
+        ("mlruns", "sqlite:///HERE/mlruns/mlflow.db"),
+        ("sqlite://x.db", "sqlite:///HERE/x.db"),
+        ("file:///data/mlruns", "sqlite:////data/mlruns/mlflow.db"),
+    ],
+)
+def test_what_names_no_mlflow_is_refused_before_anything_is_made(tmp_path, monkeypatch, uri, meant):
+    monkeypatch.chdir(tmp_path)
+    config = load_run_config("digits", [*TINY, f"storage_path={tmp_path}/runs", f"tracking.uri={uri}"])
+    for start in (launch, plan):
+        with pytest.raises(ConfigError) as raised:
+            start(config)
+        assert f"names no MLflow: a server is http://HOST:PORT, a file sqlite:///PATH, as {meant}" in str(
+            raised.value
+        ).replace(str(tmp_path), "/HERE" if "////" in meant else "HERE")
+    assert not (tmp_path / "runs" / "done").exists()
+
+
+@pytest.mark.parametrize("uri", ["http://a:5000", "https://a/b", "databricks", "databricks://p", "mysql+pymysql://a/b"])
+def test_what_may_be_an_mlflow_is_not_refused(uri):
+    check_uri(uri)
+
+
+def test_a_finished_run_says_what_changes_nothing_any_more_and_what_would(finished, tmp_path, capsys):
+    config, folder = finished
+    (folder / "recipe.yaml").write_text(to_yaml(config))
+    launch(config)
+    assert "changes nothing" not in capsys.readouterr().err
+    there = [*TINY, f"storage_path={tmp_path}/runs"]
+    asked = ["evaluate.suite=full", "evaluate.sets=[interp,./mine]", f"tracking.uri=sqlite:///{tmp_path}/other.db"]
+    assert launch(load_run_config("digits", [*there, *asked])).metrics == {"test/accuracy": 0.5}
+    said = capsys.readouterr().err
+    assert f"evaluate.suite=full changes nothing: done has finished; python jobs/evaluate.py {folder}" in said
+    assert "/mine]" in said
+    assert f"python jobs/sync.py {folder} storage_path=" in said
+    assert not (tmp_path / "other.db").exists()

@@ -146,6 +146,18 @@ def test_an_alias_that_was_moved_by_hand_is_not_moved_back_by_a_repeat(store, re
     assert registered.champion() == 1
 
 
+def test_who_asks_for_another_figure_is_compared_again_by_it(store, registered):
+    registered(32, nll=0.2, ece=0.09)
+    assert registered(33, nll=0.1, ece=0.11)[1].startswith("yes")
+    assert registered(32, champion="ece", nll=0.2, ece=0.09) == (1, "yes: validation ece 0.09, version 2 has 0.11")
+    assert registered.champion() == 1
+    assert registered(33, nll=0.1, ece=0.11) == (2, "no: version 1 is by now")
+    client, _ = store
+    client.set_registered_model_alias(registered.name, "champion", "2")
+    registered(32, champion="ece", nll=0.2, ece=0.09)
+    assert registered.champion() == 2, "a repeat moves nothing"
+
+
 class Failing:
     """A client whose n-th change is made and then not answered, or not even made."""
 

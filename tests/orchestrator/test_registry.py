@@ -110,3 +110,14 @@ def test_a_model_that_is_not_there_is_bad_data(store, tmp_path):
 def test_a_path_is_left_as_it_is(tmp_path):
     assert resolve_model("/a/b.pt", Location.of(tmp_path), "sqlite:////nowhere") == "/a/b.pt"
     assert resolve_model(None, Location.of(tmp_path), "sqlite:////nowhere") is None
+
+
+def test_looking_a_model_up_where_no_mlflow_is_makes_none(tmp_path):
+    with pytest.raises(DataError, match=r"models:/net@champion: there is no MLflow at sqlite:.*; say where"):
+        model_folder("models:/net@champion", None, str(tmp_path / "runs"), tmp_path / "here")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_registered_model_without_a_version_is_told_how_to_name_one(store, tmp_path):
+    with pytest.raises(DataError, match=r"from MLflow at sqlite:.*; .*which version: models:/net@champion"):
+        model_folder("models:/net", store[0], "/nowhere", tmp_path / "here")

@@ -332,7 +332,9 @@ def test_an_evaluation_that_cannot_be_made_leaves_a_finished_run_with_its_model(
     assert outcome["calibrated"] is not None
     assert outcome["message"].startswith("trained to the end, but not evaluated: ")
     assert "/nowhere" in outcome["message"]
-    assert outcome["message"].endswith(f"python jobs/evaluate.py {tmp_path}")
+    assert outcome["message"].endswith(
+        f"python jobs/evaluate.py {tmp_path} evaluate.suite=full 'evaluate.sets=[/nowhere]'"
+    )
     assert [event["text"] for event in log_of(tmp_path, "note")] == [outcome["message"]]
 
 
