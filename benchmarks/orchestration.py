@@ -1,14 +1,16 @@
-"""What Ray, MLflow and checkpoints cost a run:  python benchmarks/orchestration.py [--recipe NAME] [--steps 4000]
+"""What Ray, MLflow and checkpoints cost a run:  python benchmarks/orchestration.py [--recipe NAME] [--threads N]
 
 Pairs of `python jobs/train.py RECIPE workers=1`, with tracking, health and checkpoints at their default intervals, and
 of the bare loop of jem/ on the same work: the same steps, and the same validation at the same steps. Start-up is left
-out: what counts is the time from step 100 to the last. One worker, as Ray's own processes share the cores.
+out: what counts is the time from step 100 to the last. One worker of one thread, as Ray's own processes share the
+cores: on two cores they have the other one. `--threads 2`: they have none.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -76,12 +78,14 @@ def orchestrated(arguments: argparse.Namespace) -> dict[str, float]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", default="mnist5k_uniform")
-    parser.add_argument("--steps", type=int, default=4_000)
+    parser.add_argument("--steps", type=int, default=1_600)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--bare", action="store_true", help="the bare loop alone, in this process")
     parser.add_argument("--out", type=Path)
     parser.add_argument("settings", nargs="*", metavar="key=value")
     arguments = parser.parse_args()
+    os.environ["OMP_NUM_THREADS"] = str(arguments.threads)  # of the processes that are started
     if arguments.bare:
         print(json.dumps(bare(load_run_config(arguments.recipe, settings_of(arguments)))))
         return 0
@@ -108,6 +112,7 @@ def main() -> int:
         "outside_s": round(statistics.median(row["orchestrated"]["outside"] for row in rows), 1),
         "checkpoints": rows[0]["orchestrated"]["checkpoints"],
         "pairs": len(rows),
+        "threads": arguments.threads,
     }
     print(json.dumps(result, indent=1))
     save(result, arguments.out)
