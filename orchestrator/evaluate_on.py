@@ -146,7 +146,8 @@ class _Evaluator:
         self.network, self.config = held
         torch.set_num_threads(1)
         # all GPUs of a machine are visible to an actor that was given none
-        self.like = torch.zeros((), device="cuda" if gpu else "cpu", dtype=dtype_of(self.config))
+        cuda = gpu and (torch.cuda.is_available() or self.config.device == "cuda")
+        self.like = torch.zeros((), device="cuda" if cuda else "cpu", dtype=dtype_of(self.config))
         self.network.to(self.like.device)
         self.part = Part(rank, workers)
 

@@ -202,6 +202,7 @@ def _tuner(stage: str, trials: Sequence[Trial], setting: Setting, fit: Fit, trai
     sweep, folder = setting.sweep, setting.root / "tune"
     path = str(Path(folder.path) / stage)
     Limited.at_once = fit.at_once
+    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(fit.at_once)  # else they start one after the other
     # A driver that died between Tune's two files left one that Tune takes, and then forgets all trials.
     begun = any(child.name.startswith("experiment_state-") for child in (folder / stage).children())
     if not begun:

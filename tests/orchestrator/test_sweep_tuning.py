@@ -3,7 +3,9 @@
 import pytest
 from made_sweeps import sweep_of
 from ray import tune
+from ray.tune.execution import tune_controller
 from ray.tune.search import Searcher
+from ray.tune.search.search_generator import SearchGenerator
 
 from jem.files import Location
 from orchestrator.ray_cluster import Cluster
@@ -17,6 +19,7 @@ def begin(tmp_path, monkeypatch):
     sweep = sweep_of(tmp_path)
     setting = Setting(sweep, Location.of(tmp_path) / "sweep", Cluster(True, 2, 0), 1)
     trials = [search_trial(sweep, number, {}) for number in range(3)]
+    monkeypatch.setenv("TUNE_MAX_PENDING_TRIALS_PG", "auto")  # as it is afterwards
     monkeypatch.setattr(tune.Tuner, "restore", lambda path, **_: f"goes on with {path}")
     return lambda at_once=2: _tuner("search", trials, setting, Fit(at_once, 1, 0, 1, ""), tune.Trainable)
 
@@ -51,6 +54,7 @@ def test_whoever_goes_on_with_a_stage_decides_how_many_trials_run_at_once(begin,
     first.save(str(tmp_path / "searcher.pkl"))
 
     begin(at_once=3)
+    assert tune_controller._get_max_pending_trials(SearchGenerator(first)) == 3, "all of them start at once"
     again = searcher()
     again.restore(str(tmp_path / "searcher.pkl"))
     assert [again.suggest(x)["trial"]["name"] for x in "cd"] == ["t002", "t003"]
