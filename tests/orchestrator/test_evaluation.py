@@ -133,7 +133,7 @@ def test_a_run_is_evaluated_once_and_then_read_and_mlflow_has_every_figure_once(
     by_hand = validate(opened.network(), data.test, config.evaluate, World(), torch.zeros(()))
     assert by_hand == {key: first.metrics[key if key.startswith("ood/") else f"test/{key}"] for key in by_hand}
 
-    def never(*_):
+    def never(*_, **__):
         raise AssertionError("it was measured before")
 
     monkeypatch.setattr(evaluation, "evaluate", never)
