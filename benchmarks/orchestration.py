@@ -86,6 +86,7 @@ def main() -> int:
     parser.add_argument("settings", nargs="*", metavar="key=value")
     arguments = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = str(arguments.threads)  # of the processes that are started
+    torch.set_num_threads(arguments.threads)  # of this one: --bare may be asked for by hand
     if arguments.bare:
         print(json.dumps(bare(load_run_config(arguments.recipe, settings_of(arguments)))))
         return 0
