@@ -65,8 +65,10 @@ def register(client: Any, run_id: str, folder: Path, item: Model, description: s
         why = _challenge(client, version, item.champion)
         client.set_model_version_tag(item.name, version.version, BY_TAG, item.champion)
         client.set_model_version_tag(item.name, version.version, WHY_TAG, why)  # last: what came before is done
-    elif why.startswith("yes") and (now := _champion(client, item.name)) is not None and now.version != version.version:
-        why = f"no: version {now.version} is by now"
+    elif why.startswith("yes"):
+        now = _champion(client, item.name)
+        if now is not None and str(now.version) != str(version.version):
+            why = f"no: version {now.version} is by now"
     return Registered(f"models:/{item.name}/{version.version}", why)
 
 

@@ -34,6 +34,7 @@ def default_uri(storage: Location, configured: str | None) -> tuple[str, str | N
 
     `configured`, else MLFLOW_TRACKING_URI, else SQLite inside a local `storage`.
     """
+    check_uri(configured)
     uri = configured or os.environ.get("MLFLOW_TRACKING_URI")
     if not uri and not storage.is_local:
         message = (
