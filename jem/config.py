@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from jem.errors import Problem
 from jem.settings import Settings, group, setting
 
 
@@ -368,6 +369,14 @@ class JEMConfig(Settings):
                 "is false, must be true when objective.p_x_y_weight is positive: its samples are pairs (x, y)",
             )
 
+    def shards_suffice(self, workers: int) -> bool:
+        """Whether each of so many ranks holds as many chains as its share of the batch (`World.share`)."""
+
+        def share(n: int, rank: int) -> int:
+            return n * (rank + 1) // workers - n * rank // workers
+
+        return all(share(self.replay.capacity, r) >= share(self.batch_size, r) for r in range(workers))
+
     def _conflicts_of_p_x(self) -> Iterator[tuple[str, str]]:
         if self.data.augment_p_x:
             return
@@ -389,6 +398,14 @@ SCIENCE = (
     *("model", "data", "optimizer", "sgld", "replay", "objective"),
 )
 """The fields that name a run: all of `JEMConfig`."""
+
+
+def too_few_chains(config: JEMConfig, n_classes: int) -> list[Problem]:
+    """Chains that keep a class each must be at least one of each."""
+    if config.replay.capacity >= n_classes:
+        return []
+    message = f"is {config.replay.capacity}, must be at least {n_classes} with sgld.conditional: a chain for each class"
+    return [Problem("replay.capacity", message)]
 
 
 def _known(name: str, names: tuple[str, ...]) -> Iterator[tuple[str, str]]:

@@ -84,7 +84,7 @@ class Health:
 
     def _signs(self, figures: dict[str, float]) -> Iterator[Sign]:
         skipped, steps = round(figures["skipped"]), round(figures["steps"])
-        if 10 * skipped > steps:  # a lost chain always skips its step's update
+        if 10 * skipped > steps:  # a chain that is not finite skips its step's
             words = f"{skipped} of {steps} updates were not finite, and skipped"
             yield Sign("skipped", 1 if 2 * skipped > steps else 2, words)
             if skipped == steps:

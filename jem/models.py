@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from jem.config import ModelConfig
+from jem.errors import ConfigError, Problem
 from jem.plugins import load_function
 
 ImageShape = tuple[int, int, int]
@@ -58,7 +59,13 @@ class SmallConv(nn.Sequential):
 
 
 def wide_resnet(config: ModelConfig, image_shape: ImageShape, n_classes: int) -> nn.Module:
-    """WRN-depth-width (Zagoruyko & Komodakis, 2016) as JEM uses it: no dropout, LeakyReLU 0.2, any norm."""
+    """WRN-depth-width (Zagoruyko & Komodakis, 2016) as JEM uses it: no dropout, LeakyReLU 0.2, any norm.
+
+    Raises ConfigError where instance norm would have a single pixel to go by.
+    """
+    if config.norm == "instance" and max(image_shape[1:]) <= 4:
+        message = "is instance, a norm over an image's pixels: of {} x {} the last blocks have one; take another norm"
+        raise ConfigError([Problem("model.norm", message.format(*image_shape[1:]))])
     return WideResNet(config, image_shape, n_classes)
 
 

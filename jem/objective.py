@@ -58,7 +58,7 @@ def jem_loss(
     """The weighted sum of three terms, a penalty and a correction (Grathwohl et al., 2020, eq. 7 and 9):
 
         p_y_given_x_weight * CE(x, y)
-      + p_x_weight         * (mean E(x_data) - mean E(x_samples)), or `detection`
+      + p_x_weight         * (mean E(x_data) - mean w[y] E(x_samples)), or `detection`
       + p_x_y_weight       * (mean E(x_labelled, y) - mean w[y] E(x_samples, y_samples))
       + energy_l2          * (mean E(x_data)^2 + mean E(x_samples)^2)       (Du & Mordatch, 2019)
       + kl_weight          * mean E_sg(theta)(x_samples(theta))             (Du et al., 2021)
@@ -69,9 +69,9 @@ def jem_loss(
     are held fixed. Means are over the global batch: a rank contributes its own sum over `counts`, and a
     rank that holds none of a kind contributes 0.
 
-    The samples' classes are equally frequent. `class_weights` w, from `label_weights`, give each the weight that its
-    class has among the labelled images (none: all 1): the released code draws the samples' y from them. Else the
-    classes' frequencies would be learnt wrongly, and p(y|x) with them.
+    Samples that keep a class each are as many of one as of the other. `class_weights` w say how frequent a class is
+    among the images, over how frequent among the samples (none: all 1): weighted so, they stand for
+    sum_y p(y) p(x|y) with the data's p(y). Else the classes' frequencies would be learnt wrongly, and p(y|x) with them.
 
     `logits_joint`: of the images of p(x, y), where the labelled rows of cross-entropy are augmented and theirs are not.
     `energy_kl`: what `kl_energies` gives of some of the samples; `mass`: what `gradient_norms` gives of the data;
@@ -80,20 +80,19 @@ def jem_loss(
     energy_data, energy_samples = energy(logits_data), energy(logits_samples)
     cross_entropy = F.cross_entropy(logits_labelled, labels, reduction="sum") / max(counts.labelled, 1)
     mean_data = energy_data.sum() / max(counts.data, 1)
-    mean_samples = energy_samples.sum() / max(counts.samples, 1)
+    weights = 1.0 if class_weights is None else class_weights[sample_labels]
+    mean_samples = (weights * energy_samples).sum() / max(counts.samples, 1)
     total = config.p_y_given_x_weight * cross_entropy
     if config.p_x_weight and config.p_x_loss == "bce":
         of_data, of_samples = detection(energy_data, energy_samples)
-        bce = of_data.sum() / max(counts.data, 1) + of_samples.sum() / max(counts.samples, 1)
+        bce = of_data.sum() / max(counts.data, 1) + (weights * of_samples).sum() / max(counts.samples, 1)
         total = total + config.p_x_weight * bce
     elif config.p_x_weight:
         total = total + config.p_x_weight * (mean_data - mean_samples)
     if config.p_x_y_weight:
         logits_joint = logits_labelled if logits_joint is None else logits_joint
         joint_data = joint_energy(logits_joint, labels).sum() / max(counts.labelled, 1)
-        of_samples = joint_energy(logits_samples, sample_labels)
-        if class_weights is not None:
-            of_samples = class_weights[sample_labels] * of_samples
+        of_samples = weights * joint_energy(logits_samples, sample_labels)
         joint_samples = of_samples.sum() / max(counts.samples, 1)
         total = total + config.p_x_y_weight * (joint_data - joint_samples)
     if config.energy_l2:
@@ -124,12 +123,6 @@ def detection(
     without end.
     """
     return F.softplus(energy_data), F.softplus(-energy_samples)
-
-
-def label_weights(labels: Int[Tensor, " n"], n_classes: int, world: World) -> Float[Tensor, " c"]:
-    """C n_y / n of the labelled images of all ranks: how often a class comes, over what it would were all alike."""
-    counts = world.sum(_counted(labels, n_classes))
-    return n_classes * counts / counts.sum().clamp(min=1)
 
 
 def _counted(labels: Int[Tensor, " n"], n_classes: int) -> Float[Tensor, " c"]:

@@ -41,6 +41,12 @@ LEVELS = 255
 """Of uint8, above the lowest."""
 
 
+def class_counts(capacity: int, n_classes: int, device: torch.device | str = "cpu") -> Int[Tensor, " classes"]:
+    """How many chains of the whole buffer keep each class: they differ by at most one."""
+    classes = torch.arange(n_classes, device=device)
+    return (capacity - classes + n_classes - 1).div(n_classes, rounding_mode="floor").clamp(min=0)
+
+
 def quantise(x: Float[Tensor, "*d"], bound: float, generator: torch.Generator) -> UInt8[Tensor, "*d"]:
     """The level below or above x, with chances that make x the expectation; +-bound and beyond are the ends.
 

@@ -95,7 +95,7 @@ def sgld_chain(
     differentiate: Differentiate = differentiate,
     steps: int | None = None,
 ) -> tuple[Float[Tensor, "n ..."], Transition]:
-    """Advance n chains by `steps` steps (none: `config.steps`); also what the last of them saw."""
+    """Advance n chains by `steps` steps, 1 or more (none: `config.steps`); also what the last of them saw."""
     for i in range(config.steps if steps is None else steps):
         now = along(config, i, steps)
         if config.inner_steps > 1:

@@ -14,18 +14,18 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from jem.compiled import Compiled
-from jem.config import JEMConfig
+from jem.config import JEMConfig, SGLDConfig, too_few_chains
 from jem.data.batches import Batch
 from jem.energy import Logits, energy_fn, split_energy_fn
 from jem.errors import ConfigError, Problem
 from jem.kl import kl_energies, live_and_held
 from jem.models import ImageShape, initialize_act_norm, make_network
-from jem.objective import Counts, Loss, class_pool, gradient_norms, jem_loss, label_weights
+from jem.objective import Counts, Loss, class_pool, gradient_norms, jem_loss
 from jem.optim import BufferGuard, averaged_copy, guarded_update, learning_rate, make_optimizer, update_average
 from jem.pages import keep_freed_pages
 from jem.prior import Prior
 from jem.randomness import derive_seed, generator
-from jem.replay import ReplayBuffer
+from jem.replay import ReplayBuffer, class_counts
 from jem.sam import sharpness_aware
 from jem.sgld import Differentiate, Transition, adapted_length, along, differentiate, sgld_chain
 from jem.world import World
@@ -81,6 +81,7 @@ class Samples(NamedTuple):
     data_contrast: Tensor
     lost_chains: Tensor
     before: Tensor  # where the images stood before the chains' last step
+    last: SGLDConfig  # of that step
 
 
 def start(
@@ -106,6 +107,8 @@ def start(
             f"is {config.sgld.inner_steps}: the network of {config.model.name} needs a method `halves` (jem.models)"
         )
         raise ConfigError([Problem("sgld.inner_steps", message)])
+    if config.objective.samples_needed:
+        check_chains(config, n_classes, world)
     average = averaged_copy(network) if config.optimizer.ema_decay else None
     chain_generator = generator(device, config.seed, "chains", world.rank, world.size, 0)
     replay, length = None, None
@@ -122,6 +125,19 @@ def start(
     optimizer = make_optimizer(network, config.optimizer)
     how = Compiled() if config.compile else differentiate
     return TrainState(network, average, optimizer, replay, chain_generator, chain_length=length, differentiate=how)
+
+
+def check_chains(config: JEMConfig, n_classes: int, world: World) -> None:
+    """Raises ConfigError where there are too few for the ranks' shares of the batch, or for the classes they keep."""
+    problems = too_few_chains(config, n_classes) if config.sgld.conditional else []
+    if not config.shards_suffice(world.size):
+        least = config.batch_size + world.size
+        message = (
+            f"is {config.replay.capacity}, must be at least {least} so that each of {world.size} ranks holds its own"
+        )
+        problems.append(Problem("replay.capacity", message))
+    if problems:
+        raise ConfigError(problems)
 
 
 def prepare_first_step(state: TrainState, images: Float[Tensor, "n c h w"]) -> None:
@@ -235,7 +251,8 @@ def loss_and_gradient(
     assert labels is not None
     objective, n, classified = config.objective, batch.n_global, of_data if given else of_labelled
     pool = class_pool(classified, labels, world) if objective.p_x_given_y_weight else None
-    weights = label_weights(labels, of_data.shape[1], world) if objective.p_x_y_weight else None
+    keep_class = config.sgld.conditional and objective.samples_needed
+    weights = class_weights(batch, config.replay.capacity, of_data) if keep_class else None
     chains, of_kl = n if objective.samples_needed else 0, objective.kl_samples or n
     loss = jem_loss(
         of_data,
@@ -256,6 +273,17 @@ def loss_and_gradient(
     return loss._replace(total=loss.total.detach())
 
 
+def class_weights(batch: Batch, capacity: int, logits: Float[Tensor, "n c"]) -> Float[Tensor, " c"]:
+    """Of `jem_loss`: how frequent each class is among the images with labels, over how frequent among the chains."""
+    n_classes = logits.shape[1]
+    chains = class_counts(capacity, n_classes, logits.device).to(logits.dtype) / capacity
+    if batch.class_shares is None:
+        return 1 / (n_classes * chains)
+    shares = torch.zeros_like(chains)
+    shares[: len(batch.class_shares)] = batch.class_shares
+    return shares / chains
+
+
 def energies_of_last_step(
     network: nn.Module,
     buffers: dict[str, Tensor],
@@ -272,7 +300,7 @@ def energies_of_last_step(
     network.eval()
     with autocast(config, samples.images.device):
         energies = live_and_held(network, buffers, samples.labels[mine] if config.sgld.conditional else None)
-        return kl_energies(*energies, samples.before[mine], samples.images[mine], along(config.sgld, -1))
+        return kl_energies(*energies, samples.before[mine], samples.images[mine], samples.last)
 
 
 def sample(state: TrainState, config: JEMConfig, like: Float[Tensor, "n c h w"], n_global: int) -> Samples:
@@ -285,7 +313,7 @@ def sample(state: TrainState, config: JEMConfig, like: Float[Tensor, "n c h w"],
     if state.replay is None:
         none = like.new_zeros(())
         labels = torch.zeros(0, dtype=torch.int64, device=like.device)
-        return Samples(like[:0], labels, none, none, none, none, none, none, like[:0])
+        return Samples(like[:0], labels, none, none, none, none, none, none, like[:0], config.sgld)
     drawn = state.replay.draw(len(like), state.generator)
     state.network.eval()
     with autocast(config, like.device):
@@ -297,7 +325,8 @@ def sample(state: TrainState, config: JEMConfig, like: Float[Tensor, "n c h w"],
         images, transition = sgld_chain(energy, drawn.x, config.sgld, state.generator, state.differentiate, steps)
     lost = state.replay.write(drawn.slots, images, state.generator)
     shares = *_shares(transition, drawn.restarted, n_global), *looks(images, like, config, n_global)
-    return Samples(images, drawn.labels, *shares, lost.to(like.dtype), transition.before)
+    last = along(config.sgld, steps - 1, steps)
+    return Samples(images, drawn.labels, *shares, lost.to(like.dtype), transition.before, last)
 
 
 def _shares(transition: Transition, restarted: Tensor, n_global: int) -> tuple[Tensor, Tensor]:

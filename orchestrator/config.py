@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -17,7 +18,7 @@ from urllib.parse import urlsplit
 
 import yaml
 
-from jem.config import SCIENCE, JEMConfig
+from jem.config import SCIENCE, JEMConfig, too_few_chains
 from jem.config import EvaluateConfig as Measured
 from jem.data.catalog import describe
 from jem.errors import ConfigError, JEMError, Problem
@@ -46,8 +47,8 @@ LADDER = (
     "seed",
     "optimizer.learning_rate*0.5",
     "sgld.steps*2",
-    "objective.energy_l2=0.1",
-    "sgld.clamp=1 sgld.gradient_clamp=1",
+    "objective.energy_l2*2>=0.1",
+    "sgld.clamp<=1 sgld.gradient_clamp<=1",
 )
 """What JEM's author and its successors found to help, from the cheapest on: other noise, a lower learning rate,
 longer chains, an L2 penalty on energies (Du & Mordatch, 2019), proximal steps (JEM++, 2021)."""
@@ -86,7 +87,9 @@ class RecoveryConfig(Settings):
     )
     max: int = setting(10, ge=0, doc="rollbacks before the run counts as diverged")
     ladder: tuple[str, ...] = setting(
-        LADDER, doc="what changes with each rollback, kept with what came before: seed, KEY*FACTOR, KEY=VALUE"
+        LADDER,
+        doc="what changes with each rollback, kept with what came before: seed, KEY*FACTOR, KEY=VALUE, KEY>=LEAST, "
+        "KEY<=MOST (none counts as without end), KEY*FACTOR>=LEAST",
     )
     relax_steps: int = setting(1000, ge=1, doc="healthy steps after which the last remedy is taken back")
 
@@ -169,7 +172,7 @@ class RunConfig(JEMConfig):
         elif self.max_workers > self.batch_size:
             yield "workers", f"is {self.workers}, must be from 1 to batch_size ({self.batch_size})"
         elif self.objective.samples_needed and not all(
-            _shards_suffice(self, size) for size in range(self.min_workers, self.max_workers + 1)
+            self.shards_suffice(size) for size in range(self.min_workers, self.max_workers + 1)
         ):
             yield (
                 "replay.capacity",
@@ -393,6 +396,8 @@ def data_problems(config: RunConfig) -> list[Problem]:
     except JEMError:
         return []  # of the data, not of the configuration: said when they are opened
     problems, data = [], config.data
+    if spec.n_classes and config.sgld.conditional and config.objective.samples_needed:
+        problems += too_few_chains(config, spec.n_classes)
     side = min(spec.image_shape[1:]) if spec.image_shape else None
     if side is not None and data.crop_padding >= side:
         message = f"is {data.crop_padding}, must be at most {side - 1}: the images are {side} pixels wide or high"
@@ -421,34 +426,48 @@ def remedied(config: C, change: str) -> C:
 
     Raises ConfigError if what comes out cannot be.
     """
-    key, _, factor = change.partition("*")
-    if factor:
-        value = flatten(config)[key]
-        if value is None:
-            raise ConfigError([Problem(key, f"is none, which cannot be multiplied; use {key}=VALUE")])
-        value *= float(factor)
-        if key != "sgld.steps":
-            return override(config, {key: value})
-        most = flatten(config)["sgld.max_steps"]  # chains that adapt keep their room
-        bound = {} if most is None else {"sgld.max_steps": max(2, round(most * float(factor)))}
-        return override(config, {key: max(1, round(value)), **bound})
-    key, equals, text = change.partition("=")
-    return override(config, {key: Entry(yaml.safe_load(text), raw=text)}) if equals else config
+    key, factor, sign, text = _parts(change)
+    if sign == "=":
+        return override(config, {key: Entry(yaml.safe_load(text), raw=text)})
+    if not factor and not sign:
+        return config
+    settings = flatten(config)
+    before = math.inf if settings[key] is None else settings[key]
+    if before == math.inf and not sign:
+        raise ConfigError([Problem(key, f"is none, which cannot be multiplied; use {key}=VALUE")])
+    value = before * float(factor or 1)
+    if sign:
+        value = max(value, float(text)) if sign == ">=" else min(value, float(text))
+    if value == before:
+        return config
+    if key != "sgld.steps":
+        return override(config, {key: value})
+    most = settings["sgld.max_steps"]  # chains that adapt keep their room
+    bound = {} if most is None else {"sgld.max_steps": max(2, round(most * value / before))}
+    return override(config, {key: max(1, round(value)), **bound})
+
+
+def _parts(change: str) -> tuple[str, str, str, str]:
+    """KEY, FACTOR, the sign, and what stands behind it; empty where there is none."""
+    match = re.fullmatch(r"([^*<>=]*)(?:\*([^<>=]*))?(?:(>=|<=|=)(.*))?", change)
+    return tuple(part or "" for part in match.groups()) if match else (change, "", "", "")  # type: ignore[return-value]
 
 
 def _malformed(change: str) -> str | None:
     """What is wrong with how a change of a ladder is written, if anything."""
     if change == "seed":
         return None
-    key, _, value = change.replace("*", "=").partition("=")
-    if key not in REMEDIES:
+    key, factor, sign, text = _parts(change)
+    if key not in REMEDIES or not (factor or sign) or (factor and sign == "="):
         close = difflib.get_close_matches(key, REMEDIES, 1)
         hint = f"; did you mean {close[0]}?" if close else f"; such as {LADDER[1]}. KEY can be {', '.join(REMEDIES)}"
-        return f"must be seed, KEY*FACTOR or KEY=VALUE{hint}"
+        hint = "" if key in REMEDIES else hint
+        return f"must be seed, KEY*FACTOR, KEY=VALUE, KEY>=LEAST or KEY<=MOST{hint}"
     try:
-        float(value) if "*" in change else yaml.safe_load(value)
+        float(factor or 1)
+        yaml.safe_load(text) if sign == "=" else float(text or 1)
     except (ValueError, yaml.YAMLError):
-        return f"where {value!r} is no {'number' if '*' in change else 'value'}"
+        return f"where {text or factor!r} is no {'value' if sign == '=' else 'number'}"
     return None
 
 
@@ -508,12 +527,3 @@ def _bounds(workers: int | str) -> tuple[int, int] | None:
     match = re.fullmatch(r"(\d+)\.\.(\d+)", workers, re.ASCII)
     least, most = map(int, match.groups()) if match else (0, 0)
     return (least, most) if 1 <= least <= most else None
-
-
-def _shards_suffice(config: RunConfig, workers: int) -> bool:
-    """Whether every rank's shard holds as many chains as its share of the batch."""
-
-    def share(n: int, rank: int) -> int:
-        return n * (rank + 1) // workers - n * rank // workers
-
-    return all(share(config.replay.capacity, r) >= share(config.batch_size, r) for r in range(workers))

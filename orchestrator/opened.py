@@ -178,6 +178,9 @@ def _of_released(source: str, location: Location, changes: Mapping[str, Entry]) 
     model = released.model
     found = {"model.name": model.name, "model.depth": model.depth, "model.width": model.width, "model.norm": model.norm}
     entries = recipe | {key: Entry(value) for key, value in found.items()}
+    chains = released.replay
+    if chains is not None:
+        entries["replay.capacity"] = Entry(max(len(chains), RunConfig.batch_size))  # a step draws so many
     config = _config(entries, changes, (*FREE, "model.", "data.", "precision"))
     spec = describe(config.data)
     if spec.n_classes is not None and spec.n_classes != released.n_classes:
@@ -195,6 +198,8 @@ def _of_released(source: str, location: Location, changes: Mapping[str, Entry]) 
         n_classes=released.n_classes,
         read=lambda: released.weights,
         facts={"note": released.note} if released.note else {},
+        buffer=None if chains is None else lambda: chains,
+        buffer_digest="" if chains is None else digest[:16],
     )
 
 

@@ -61,8 +61,8 @@ def setup(job: Job, world: World, device: torch.device, report: Report) -> Train
     gaussian = on_rank_0(world, lambda: fit_classes(config, data.train, data.n_classes))  # one fit for all
 
     def prepare() -> Training:
-        dtype = dtype_of(config)
-        batches = BatchSource(data.train, config.data, config.batch_size, config.seed, device, world.share, dtype)
+        dtype, n = dtype_of(config), data.n_classes
+        batches = BatchSource(data.train, config.data, config.batch_size, config.seed, device, world.share, dtype, n)
         prior = make_prior(config, data.train, data.n_classes, gaussian, device)
         state = start(config, data.image_shape, data.n_classes, world, device, prior)
         training = Training(job, world, device, report, data, batches, state, checkpoints, recovery)
@@ -75,9 +75,11 @@ def setup(job: Job, world: World, device: torch.device, report: Report) -> Train
             training.restore(manifest)
             training.began = _why(manifest, faults, recovery, world, device)
         elif job.init_from is not None:
-            initialize_from(job.init_from, state, world)
+            initialize_from(job.init_from, state, world, config)
         elif config.model.norm == "act":
-            whole = BatchSource(data.train, config.data, config.batch_size, config.seed, device, World().share, dtype)
+            whole = BatchSource(
+                data.train, config.data, config.batch_size, config.seed, device, World().share, dtype, n
+            )
             prepare_first_step(state, whole.at(0).images)
         return training
 

@@ -42,6 +42,7 @@ class Batch:
     labelled_labels: Int64[Tensor, " m"] | None
     n_global: int  # images over all ranks
     n_labelled_global: int  # images with a label over all ranks: those cross-entropy is a mean over
+    class_shares: Float[Tensor, " classes"] | None = None  # of all images with a label; none: all alike
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,7 +117,7 @@ class Stream:
 class BatchSource:
     """The training batches of one rank: `at(step)`. Images stay on `device` as uint8, or on the disk.
 
-    `share(n)` is this rank's slice of n rows, as `World.share`.
+    `share(n)` is this rank's slice of n rows, as `World.share`; `n_classes`: none, as many as the labels tell of.
     """
 
     def __init__(
@@ -128,12 +129,14 @@ class BatchSource:
         device: torch.device | str = "cpu",
         share: Callable[[int], slice] = ALONE.share,
         dtype: torch.dtype = torch.float32,
+        n_classes: int | None = None,
     ) -> None:
         check_padding(config, split.images.shape[2:])
         device = torch.device(device)
         self._config, self._share, self._dtype = config, share, dtype
         self._config_of_p_x = config if config.augment_p_x else unaugmented(config)
         self._labelled: Stream | None = None
+        self._shares = class_shares(split.labels, n_classes).to(device)
         if isinstance(split, Streamed):
             self._stream = Stream("train", FromDisk(Windows(split, "train", seed), device), device, batch_size, seed)
             return
@@ -141,7 +144,8 @@ class BatchSource:
         everything = InMemory(images, labels, torch.arange(len(split)))
         self._stream = Stream("train", everything, device, batch_size, seed)
         if config.labels_per_class is not None:
-            rows = labelled_rows(split.labels, config.labels_per_class, seed)
+            rows = labelled_rows(split.labels, config.labels_per_class, seed, n_classes)
+            self._shares = class_shares(split.labels[rows], n_classes).to(device)  # of the others no class is known
             size = config.labelled_batch_size or batch_size
             self._labelled = Stream("labelled", InMemory(images, labels, rows), device, size, seed)
 
@@ -150,11 +154,11 @@ class BatchSource:
         images, labels = self._stream.draw(step, self._config_of_p_x, self._share, self._dtype)
         n = self._stream.batch_size
         if self._labelled is None and self._config.augment_p_x:
-            return Batch(images, labels, None, None, n, n)
+            return Batch(images, labels, None, None, n, n, self._shares)
         stream = self._labelled or self._stream
         labelled_images, labelled_labels = stream.draw(step, self._config, self._share, self._dtype)
         given = labels if self._labelled is None else None
-        return Batch(images, given, labelled_images, labelled_labels, n, stream.batch_size)
+        return Batch(images, given, labelled_images, labelled_labels, n, stream.batch_size, self._shares)
 
 
 def unaugmented(config: DataConfig) -> DataConfig:
@@ -186,10 +190,17 @@ def permutation(n: int, seed: int) -> Int64[Tensor, " n"]:
     return torch.randperm(n, generator=torch.Generator().manual_seed(seed))
 
 
-def labelled_rows(labels: Int64[Tensor, " n"], per_class: int, seed: int) -> Int64[Tensor, " k"]:
+def class_shares(labels: Int64[Tensor, " n"], n_classes: int | None = None) -> Float[Tensor, " classes"]:
+    """How frequent each class is."""
+    return torch.bincount(labels.cpu(), minlength=n_classes or 0).double() / max(len(labels), 1)
+
+
+def labelled_rows(
+    labels: Int64[Tensor, " n"], per_class: int, seed: int, n_classes: int | None = None
+) -> Int64[Tensor, " k"]:
     """`per_class` rows of each class, ascending: a function of the labels and the run's seed."""
     labels = labels.cpu()
-    counts = torch.bincount(labels)
+    counts = torch.bincount(labels, minlength=n_classes or 0)
     scarce = int(counts.argmin())
     if not counts[scarce]:
         raise DataError(f"data.labels_per_class: class {scarce} has no training image; each class needs {per_class}")

@@ -1,4 +1,4 @@
-"""JEM-k: a classifier that first moves the image down its own energy (Grathwohl et al., 2020, section 5.3)."""
+"""JEM-k: a classifier that first moves the image down its own energy (Grathwohl et al., 2020, section 5.4)."""
 
 from __future__ import annotations
 

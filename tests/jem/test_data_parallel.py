@@ -14,7 +14,7 @@ import torch
 from spawn import run_ranks
 from torch.distributed import set_timeout as set_group_timeout
 from torch.nn.parallel import DistributedDataParallel
-from toys import labelled_batch, small, tensors_of
+from toys import small, tensors_of
 
 from jem.config import EvaluateConfig
 from jem.data.batches import Batch
@@ -115,10 +115,11 @@ def whole_batch(n, labelled, dtype, step=0, augment_p_x=True):
     random = torch.Generator().manual_seed(step)
     images = torch.randn(n, *SHAPE, generator=random, dtype=torch.float64).to(dtype)
     labels = torch.randint(CLASSES, (n,), generator=random)
+    frequent = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
     if not augment_p_x:
-        return Batch(images, labels, images + 0.1, labels, n, n)
+        return Batch(images, labels, images + 0.1, labels, n, n, frequent)
     if labelled is None:
-        return labelled_batch(images, labels)
+        return Batch(images, labels, None, None, n, n, frequent)
     return Batch(images, None, images[:labelled] + 0.1, labels[:labelled], n, labelled)
 
 
@@ -127,7 +128,7 @@ def part(batch, world):
         return None if tensor is None else tensor[world.share(len(tensor))]
 
     tensors = (batch.images, batch.labels, batch.labelled_images, batch.labelled_labels)
-    return Batch(*map(cut, tensors), batch.n_global, batch.n_labelled_global)
+    return Batch(*map(cut, tensors), batch.n_global, batch.n_labelled_global, batch.class_shares)
 
 
 def begin(n, world, **settings):

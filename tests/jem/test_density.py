@@ -7,10 +7,10 @@ import torch
 from toys import small
 
 from jem.config import ObjectiveConfig
-from jem.data.batches import Batch
+from jem.data.batches import Batch, class_shares
 from jem.energy import energy, joint_energy
 from jem.models import make_network
-from jem.objective import Counts, jem_loss, label_weights
+from jem.objective import Counts, jem_loss
 from jem.randomness import generator as named_generator
 from jem.train import start, train
 from jem.world import World
@@ -181,6 +181,24 @@ def test_joint_term_with_samples_of_every_class_alike_is_minus_log_p_of_x_given_
     classes = torch.arange(3).repeat_interleave(len(points))
     probabilities = logits.softmax(0).detach().T.flatten() / 3
     objective = ObjectiveConfig(p_y_given_x_weight=0.0, p_x_weight=0.0, p_x_y_weight=1.0)
-    samples, weights = (points.repeat(3, 1, 1, 1), classes, probabilities), label_weights(labels, 3, World())
+    samples, weights = (points.repeat(3, 1, 1, 1), classes, probabilities), 3 * class_shares(labels, 3)
     gradient = expected_gradient(network, (x, labels), *samples, objective, weights)
     torch.testing.assert_close(gradient, truth, atol=1e-12, rtol=0)
+
+
+def test_with_samples_of_every_class_alike_the_marginal_term_is_minus_log_p_of_x_where_p_of_y_is_the_datas(
+    network, data
+):
+    """Weighted as classes are frequent, y ~ uniform and x ~ p(x|y) stand for p(x); as they are, for another density."""
+    points = grid(3.0, 5)
+    logits = network(points)
+    classes = torch.arange(3).repeat_interleave(len(points))
+    probabilities = logits.softmax(0).detach().T.flatten() / 3
+    frequent = logits.logsumexp(0).softmax(0).detach()  # the model's own p(y)
+    assert frequent.max() > 1.5 * frequent.min()
+    minus_log_p = energy(network(data[0])).mean() + logits.logsumexp(1).logsumexp(0)
+    truth = flat(torch.autograd.grad(minus_log_p, list(network.parameters()), retain_graph=True))
+    objective, samples = ObjectiveConfig(p_y_given_x_weight=0.0), (points.repeat(3, 1, 1, 1), classes, probabilities)
+    gradient = expected_gradient(network, data, *samples, objective, 3 * frequent)
+    torch.testing.assert_close(gradient, truth, atol=1e-12, rtol=0)
+    assert (expected_gradient(network, data, *samples, objective) - truth).norm() > 0.01

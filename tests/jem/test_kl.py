@@ -107,6 +107,14 @@ def test_the_energy_it_leads_to_gives_its_weights_no_gradient_and_buffers_are_th
     assert all(p.grad is not None for p in network.parameters())
 
 
+@pytest.mark.parametrize(("length", "size"), [(1, 1.0), (2, 0.1), (3, 0.1)])
+def test_the_step_that_is_differentiated_is_the_chains_last_however_long_they_are(length, size):
+    """A schedule from 1 to 0.1 along chains whose length adapts."""
+    config, state = begin(sgld__steps=1, sgld__max_steps=3, sgld__step_size=1, sgld__final_step_size=0.1)
+    state.chain_length = torch.tensor(float(length))
+    assert sample(state, config, batch().images, 6).last.step_size == pytest.approx(size)
+
+
 @pytest.mark.parametrize(
     "settings",
     [

@@ -135,3 +135,13 @@ def test_a_network_that_is_not_there_is_named_with_the_setting(name, says):
     with pytest.raises(ConfigError, match=r"model\.name") as caught:
         make_network(ModelConfig(name=name), (1, 8, 8), 2)
     assert says in str(caught.value)
+
+
+@pytest.mark.parametrize(("height", "width", "fits"), [(4, 4, False), (4, 5, True), (8, 8, True)])
+def test_instance_norm_of_a_wide_resnet_needs_more_than_one_pixel_in_its_last_blocks(height, width, fits):
+    config = ModelConfig(name="wide_resnet", depth=10, width=1, norm="instance")
+    if fits:
+        assert make_network(config, (3, height, width), 5)(torch.randn(2, 3, height, width)).shape == (2, 5)
+    else:
+        with pytest.raises(ConfigError, match=r"model.norm: is instance, .*of 4 x 4 the last blocks have one"):
+            make_network(config, (3, height, width), 5)

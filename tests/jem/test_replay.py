@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from jem.config import JEMConfig, ReplayConfig
 from jem.errors import ConfigError
 from jem.prior import Prior
-from jem.replay import ReplayBuffer, Stored, dequantise, quantise
+from jem.replay import ReplayBuffer, Stored, class_counts, dequantise, quantise
 from jem.settings import override
 from jem.world import World
 
@@ -28,7 +28,9 @@ def test_shards_are_disjoint_cover_all_differ_by_one_at_most_and_chain_i_keeps_c
     sizes = [len(s.chains) for s in shards]
     assert max(sizes) - min(sizes) <= 1
     labels = [s.labels(torch.arange(len(s.chains))).tolist() for s in shards]
-    assert [label for shard in labels for label in shard] == [i % classes for i in range(capacity)]
+    whole = [i % classes for i in range(capacity)]
+    assert [label for shard in labels for label in shard] == whole
+    assert class_counts(capacity, classes).tolist() == [whole.count(c) for c in range(classes)]
     for shard in labels:
         counts = [shard.count(c) for c in range(classes)]
         assert max(counts) - min(counts) <= 1

@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 import math
 
 import pytest
@@ -7,6 +8,7 @@ from torch import nn
 from toys import labelled_batch, small
 
 from jem.data.batches import Batch
+from jem.errors import ConfigError
 from jem.train import frozen_logits, looks, prepare_first_step, sample, start, train, train_step
 from jem.world import World
 
@@ -303,3 +305,38 @@ def test_the_average_starts_at_the_weights_that_act_norm_left():
     mine, theirs = state.network.state_dict(), state.average.state_dict()
     assert all(torch.equal(mine[key], theirs[key]) for key in mine)
     assert (mine["1.scale"] != 1).all()
+
+
+def test_too_few_chains_for_the_ranks_or_for_the_classes_they_keep_are_refused_on_every_rank():
+    for rank in range(5):
+        with pytest.raises(ConfigError, match=r"replay.capacity: is 8, must be at least 12 so that each of 5 ranks"):
+            begin(World(rank, 5), batch_size=7, replay__capacity=8)
+    with pytest.raises(ConfigError, match=r"replay.capacity: is 2, must be at least 3 with sgld.conditional"):
+        begin(batch_size=2, replay__capacity=2, sgld__conditional=True)
+    begin(batch_size=2, replay__capacity=2)
+
+
+@pytest.mark.parametrize("settings", [{}, {"objective__p_x_loss": "bce"}, {"objective__p_x_y_weight": 0.5}], ids=str)
+def test_chains_that_keep_a_class_count_as_often_as_it_comes_among_the_images(settings):
+    """Of 7 chains, of classes 0 1 2 0 1 2 0: by hand."""
+    config, state = begin(batch_size=7, replay__capacity=7, sgld__conditional=True, **settings)
+    data, twin = batch(7), copy.deepcopy(state.network)
+    shares = torch.tensor([0.5, 0.5], dtype=torch.float64)  # the last class comes not at all
+    info = train_step(state, dataclasses.replace(data, class_shares=shares), config, World())
+    samples = sample(begin(batch_size=7, replay__capacity=7, sgld__conditional=True)[1], config, data.images, 7)
+    weights = torch.tensor([0.5 / (3 / 7), 0.5 / (2 / 7), 0.0])[samples.labels]
+    with torch.no_grad():
+        of_data, of_samples = twin(data.images), twin(samples.images)
+    energies = [-logits.logsumexp(dim=1) for logits in (of_data, of_samples)]
+    mean = (weights * energies[1]).mean()
+    torch.testing.assert_close(info.loss.energy_samples, mean)
+    expected = nn.functional.cross_entropy(of_data, data.labels)
+    if config.objective.p_x_loss == "bce":
+        terms = nn.functional.softplus(energies[0]).mean() + (weights * nn.functional.softplus(-energies[1])).mean()
+        expected = expected + terms
+    else:
+        expected = expected + energies[0].mean() - mean
+    if config.objective.p_x_y_weight:
+        joint = -of_data[range(7), data.labels].mean() + (weights * of_samples[range(7), samples.labels]).mean()
+        expected = expected + 0.5 * joint
+    torch.testing.assert_close(info.loss.total, expected)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 
 import pytest
 import yaml
 
 from jem.errors import ConfigError
 from jem.settings import flatten
-from orchestrator.config import RunConfig, bundled_recipes, from_flat, load_run_config, to_yaml
+from orchestrator.config import LADDER, RunConfig, bundled_recipes, from_flat, load_run_config, remedied, to_yaml
 
 SCIENCE = (
     *("seed", "batch_size", "precision", "compile", "init_from"),
@@ -311,11 +312,49 @@ def test_a_ladder_is_checked_against_the_settings_it_will_change():
         ("[seed, sgld.stps*2]", "did you mean sgld.steps?"),
         ("[sgld.steps*two]", "where 'two' is no number"),
         ("[sgld.steps=0]", "sgld.steps: is 0, must be at least 1"),
+        ("[sgld.clamp<=low]", "where 'low' is no number"),
+        ("[sgld.steps*2=3]", "must be seed, KEY*FACTOR, KEY=VALUE, KEY>=LEAST or KEY<=MOST"),
         ("[objective.p_x_weight=0 objective.p_y_given_x_weight=0]", "nothing would be trained"),
     ):
         (found,) = problems("digits_uniform", f"recovery.ladder={ladder}")
         assert "recovery.ladder: has" in found
         assert said in found, ladder
+
+
+@pytest.mark.parametrize(
+    ("settings", "change", "expected"),
+    [
+        (["objective.energy_l2=0.01"], "objective.energy_l2*2>=0.1", {"objective.energy_l2": 0.1}),
+        (["objective.energy_l2=0.5"], "objective.energy_l2*2>=0.1", {"objective.energy_l2": 1.0}),
+        (["objective.energy_l2=0.5"], "objective.energy_l2>=0.1", {}),
+        ([], "sgld.clamp<=1", {"sgld.clamp": 1.0}),
+        (["sgld.clamp=0.5"], "sgld.clamp<=1", {}),
+        ([], "sgld.clamp*0.5<=1", {"sgld.clamp": 1.0}),
+        (["optimizer.clip_norm=none"], "optimizer.clip_norm>=1", {}),
+        (["sgld.steps=4", "sgld.max_steps=40"], "sgld.steps>=10", {"sgld.steps": 10, "sgld.max_steps": 100}),
+        (["sgld.steps=20"], "sgld.steps>=10", {}),
+        ([], "seed", {}),
+    ],
+)
+def test_a_remedy_with_a_bound_never_loosens_what_is_tighter(settings, change, expected):
+    before = load_run_config("digits_uniform", [*settings, f"recovery.ladder=[{change}]"])
+    after = flatten(remedied(before, change))
+    assert {key: value for key, value in after.items() if value != flatten(before)[key]} == expected
+
+
+@pytest.mark.parametrize("recipe", bundled_recipes())
+def test_no_remedy_of_the_ladder_undoes_what_a_bundled_recipe_does_for_stability(recipe):
+    before = load_run_config(recipe, [])
+    after = before
+    for remedy in LADDER:
+        for change in remedy.split():
+            after = remedied(after, change)
+    old, new = flatten(before), flatten(after)
+    assert new["objective.energy_l2"] > old["objective.energy_l2"]
+    assert new["optimizer.learning_rate"] < old["optimizer.learning_rate"]
+    assert new["sgld.steps"] > old["sgld.steps"]
+    for key in ("sgld.clamp", "sgld.gradient_clamp"):
+        assert new[key] <= (old[key] or math.inf), key
 
 
 def test_values_that_do_not_go_together_are_found_in_all_groups_at_once():

@@ -277,6 +277,7 @@ def test_a_released_checkpoint_is_evaluated_and_its_mlflow_run_is_its_own(tmp_pa
     assert sorted(points(tmp_path, result)) == sorted((key, 0, value) for key, value in result.metrics.items())
     with pytest.raises(DataError, match="10 classes"):
         evaluated(tmp_path / "jem.pt", "data.name=cifar100", FAST)
+    assert torch.equal(open_model(str(tmp_path / "jem.pt"), settings[:1]).buffer(), torch.zeros(4, 3, 32, 32))
 
 
 def test_a_models_name_is_that_of_the_data_it_was_trained_with_wherever_these_are_now(made):

@@ -94,6 +94,30 @@ def test_a_plain_classifiers_tensors_are_taken(tmp_path, classifier, form):
     assert equal(training.state.average.state_dict(), classifier)
 
 
+def seen_at_32(_config):
+    images = torch.randint(0, 256, (40, 3, 32, 32), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    return {"train": (images, torch.arange(40) % 10)}
+
+
+@pytest.mark.parametrize(
+    ("chains", "conditional", "taken"),
+    [(24, "false", True), (25, "false", False), (24, "true", False), (None, "false", False)],
+)
+def test_a_released_jem_gives_its_weights_and_its_chains_unless_ours_keep_a_class(tmp_path, chains, conditional, taken):
+    net = ("model.name=wide_resnet", "model.depth=10", "model.width=1", "model.norm=none")
+    data = ("data.name=test_initialize:seen_at_32", f"sgld.conditional={conditional}")
+    fresh = prepared(tmp_path / "fresh", *net, *data)
+    theirs = {
+        key if key.startswith("class_output") else f"f.{key.replace('shortcut.', 'shortcut.0.')}": value + 1
+        for key, value in weights(fresh).items()
+    }
+    buffer = None if chains is None else torch.rand(chains, 3, 32, 32)
+    torch.save({"model_state_dict": theirs, "replay_buffer": buffer}, tmp_path / "jem.pt")
+    training = prepared(tmp_path / "new", *net, *data, init_from=str(tmp_path / "jem.pt"))
+    assert equal(weights(training), {key: value + 1 for key, value in weights(fresh).items()})
+    assert torch.equal(training.state.replay.chains, buffer if taken else fresh.state.replay.chains)
+
+
 def test_a_portable_model_with_a_prior_of_its_own_gives_its_weights(tmp_path):
     outcome = fit(tmp_path / "old", "replay.prior=gaussian", "evaluate.register=true")
     config = tiny("replay.prior=gaussian", "evaluate.register=true")

@@ -207,6 +207,17 @@ def test_a_class_with_too_few_images_or_none_is_named():
         labelled_rows(torch.tensor([0, 0, 1, 2, 2]), 2, 0)
     with pytest.raises(DataError, match=r"data.labels_per_class: class 1 has no training image"):
         labelled_rows(torch.tensor([0, 0, 2, 2]), 2, 0)
+    with pytest.raises(DataError, match=r"data.labels_per_class: class 2 has no training image"):
+        labelled_rows(torch.tensor([0, 0, 1, 1]), 2, 0, 3)
+
+
+def test_a_batch_says_how_frequent_classes_are_among_all_images_with_a_label():
+    split = Split(torch.zeros(8, 1, 8, 8, dtype=torch.uint8), torch.tensor([0, 1, 0, 1, 1, 1, 0, 1]))
+    assert BatchSource(split, PLAIN, 2, 0, n_classes=3).at(0).class_shares.tolist() == [3 / 8, 5 / 8, 0]
+    few = replace(PLAIN, labels_per_class=2)
+    assert BatchSource(split, few, 2, 0).at(0).class_shares.tolist() == [0.5, 0.5]
+    apart = replace(PLAIN, augment_p_x=False, noise_std=0.1)
+    assert BatchSource(split, apart, 2, 0).at(0).class_shares.tolist() == [3 / 8, 5 / 8]
 
 
 @pytest.mark.parametrize(
