@@ -55,6 +55,7 @@ try: install
 
 serve: MODEL ?= jem-fashion_mnist
 serve: install
+	@test -n "$$MLFLOW_TRACKING_URI" -o -e runs/mlflow.db || { echo "no model is in runs/mlflow.db yet: make try" >&2; exit 1; }
 	PATH="$(abspath $(BIN)):$$PATH" MLFLOW_TRACKING_URI="$${MLFLOW_TRACKING_URI:-sqlite:///$(CURDIR)/runs/mlflow.db}" \
 		mlflow models serve -m models:/$(MODEL)@champion --env-manager local -p 5001
 

@@ -59,6 +59,12 @@ class Released(NamedTuple):
     note: str = ""  # what the model cannot carry over, in words
 
 
+def unpickled(error: Exception) -> str:
+    """Why torch.load has read no tensors, without its advice to execute what the file holds."""
+    reason = (str(error) or type(error).__name__).splitlines()[0]
+    return "it is none of torch.save's files of tensors" if "weights_only" in reason else reason
+
+
 def is_released(content: Any) -> bool:
     """Whether what a .pt file holds has the layout of the paper's code."""
     state = content.get("model_state_dict") if isinstance(content, Mapping) else None
@@ -78,7 +84,7 @@ def read_released(location: Location, n_classes: int | None = None, norm: str | 
     try:
         content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a file that is none makes torch raise
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = unpickled(error)
         raise DataError(f"{where}: is damaged or holds more than tensors, nothing of it is used: {reason}") from error
     if not is_released(content):
         layout = "{'model_state_dict': {'f.conv1.weight': ...}, 'replay_buffer': ...}"

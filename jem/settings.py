@@ -227,12 +227,17 @@ def _coerce(hint: Any, entry: Entry, field: dataclasses.Field[Any]) -> Any:
             continue
         choices = field.metadata.get("choices")
         if choices and item not in choices:
-            close = difflib.get_close_matches(str(item), choices, 1)
+            known = ALIASES.get(str(item).lower())
+            close = [known] if known in choices else difflib.get_close_matches(str(item), choices, 1)
             hint_text = f"; did you mean {close[0]!r}?" if close else ""
             raise ValueError(f"is {item!r}, must be one of {', '.join(choices)}{hint_text}")
         if not isinstance(item, bool) and isinstance(item, (int, float)):
             _check_bounds(item, field.metadata.get("bounds", {}))
     return value
+
+
+ALIASES = {"gpu": "cuda"}
+"""What people type for a choice."""
 
 
 def _check_bounds(item: float, bounds: Mapping[str, float]) -> None:
@@ -260,7 +265,7 @@ def _convert(hint: Any, value: Any, raw: str | None) -> Any:
     if typing.get_origin(hint) is tuple:
         items = value if isinstance(value, (list, tuple)) else None
         if items is None:
-            raise ValueError(f"is {_show(value)}, a list was expected, such as [1, 2]")
+            raise ValueError(f"is {_show(value)}, a list was expected: [{_show(value).strip(chr(39))}]")
         return tuple(_convert(options[0], item, None) for item in items)
     if typing.get_origin(hint) is dict:
         if not isinstance(value, Mapping):

@@ -25,7 +25,10 @@ def register() -> Result:
     parser = Parser(__doc__, EXIT_CODES)
     parser.add_argument("model", metavar="MODEL")
     parser.add_argument(
-        "settings", nargs="*", metavar="key=value", help="storage_path, tracking.uri, tracking.experiment"
+        "settings",
+        nargs="*",
+        metavar="key=value",
+        help="storage_path, tracking.uri, tracking.experiment, evaluate.model_name, evaluate.champion",
     )
     arguments = parser.parse_intermixed_args()
     sys.path.append(str(Path.cwd()))  # package.module:function of the user's own

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
+from jem.files import Location
 from orchestrator.config import MODEL_CARD, MODELS
 
 
@@ -12,6 +14,17 @@ def bundled_models() -> list[str]:
     return sorted(card.parent.name for card in MODELS.glob(f"*/{MODEL_CARD}"))
 
 
-def place_of(source: str) -> str:
-    """The folder of the bundled model `source`; `source` itself where it is none, or is there as a path."""
-    return str(MODELS / source) if source in bundled_models() and not Path(source).exists() else source
+def place_of(source: str, storage: str | None = None) -> str:
+    """The folder of the bundled model `source`, or of the run of that name in `storage` (none: ./runs).
+
+    `source` itself where it is neither, or is there as a path.
+    """
+    if "/" in source or Path(source).exists():
+        return source
+    if source in bundled_models():
+        return str(MODELS / source)
+    run = f"{(storage or './runs').rstrip('/')}/{source}"
+    with suppress(ValueError, OSError):
+        if (Location.of(run) / "run.json").exists():
+            return run
+    return source

@@ -28,7 +28,8 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message.replace(', key=value', '')}; see --help")  # settings may be left out
+        message = message.replace(", key=value", "").replace(", KEY=VALUE", "")  # settings may be left out
+        raise ConfigError(f"{message}; see --help")
 
 
 class Lasting(io.TextIOWrapper):

@@ -230,6 +230,11 @@ def model_name(data: str, root: str | None) -> str:
     return "jem-" + (folder if data in ON_DISK and folder else re.sub(r"[^\w.-]+", "-", data, flags=re.ASCII))
 
 
+def as_name(stem: str) -> str:
+    """A file's name as part of a folder's."""
+    return re.sub(r"[\s/\\]+", "-", stem).lstrip(".")[: LONGEST_NAME // 4]
+
+
 def folder_name(key: str, name: str) -> Iterator[tuple[str, str]]:
     """What is wrong with the name of a run, which is that of its folder."""
     if not name or set(name) & set("/\\ ") or name.startswith("."):
@@ -258,7 +263,7 @@ def load_run_config(recipe: str, arguments: Sequence[str]) -> RunConfig:
     if problems:
         raise ConfigError(problems)
     if config.name is None:
-        config = replace(config, name=f"{Path(recipe).stem}-{config.digest}")
+        config = replace(config, name=f"{as_name(Path(recipe).stem)}-{config.digest}")
     return config
 
 
@@ -349,7 +354,11 @@ def read_yaml(path: Path, groups: frozenset[str], problems: list[Problem], what:
 def _read(path: Path, seen: tuple[Path, ...], problems: list[Problem]) -> dict[str, Entry]:
     if path.resolve() in seen:
         raise ConfigError([Problem("base", "the recipes inherit from each other in a circle", str(path))])
-    entries = read_yaml(path, GROUPS, problems, "recipe")
+    found: list[Problem] = []
+    entries = read_yaml(path, GROUPS, found, "recipe")
+    if any(key.partition(".")[0] in ("space", "arms") for key in entries):
+        raise ConfigError([Problem("RECIPE", f"is a sweep: python jobs/sweep.py {path}", str(path))])
+    problems += found
     base = entries.pop("base", None)
     if base is None:
         return entries

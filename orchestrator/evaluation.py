@@ -36,7 +36,7 @@ from orchestrator.facts import facts
 from orchestrator.final_model import FOLDER
 from orchestrator.opened import Opened, open_model
 from orchestrator.published import bring, publish, workbench
-from orchestrator.report_files import served_of, whole_folder, write_report
+from orchestrator.report_files import check_writable, served_of, whole_folder, write_report
 from orchestrator.report_images import against_robustness
 from orchestrator.report_pictures import against_picture, against_reliability
 from orchestrator.report_table import show_against, show_report
@@ -121,6 +121,7 @@ def report_of(opened: Opened, workers: int = 1) -> Done:
     folder = _home(opened) / path
     if (folder / "report.json").exists() and (folder / "outputs.safetensors").exists():
         return Done(folder, json.loads((folder / "report.json").read_text()), cached=True)
+    check_writable(folder)
     config = opened.config
     data = load(config.data)
     if opened.data_digest not in (None, data.digest):

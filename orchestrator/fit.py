@@ -64,7 +64,7 @@ def diagnose(settings: Sequence[str]) -> Diagnosis:
     checks: list[Check] = []
     here = socket.gethostname()
     for what, look in (
-        ("Python and torch", lambda: _software(here)),
+        ("Python and torch", lambda: _software(config, here)),
         ("MLflow", lambda: _mlflow(config, here)),
         ("token", lambda: _token(here)),
     ):
@@ -93,7 +93,7 @@ def _safely(what: str, where: str, look: Callable[[], Iterator[Check]]) -> list[
     return found
 
 
-def _software(here: str) -> Iterator[Check]:
+def _software(config: RunConfig, here: str) -> Iterator[Check]:
     import importlib.metadata
 
     import torch
@@ -110,6 +110,8 @@ def _software(here: str) -> Iterator[Check]:
         yield Check("CUDA", here, OK if good else FAILED, f"{torch.version.cuda}: {', '.join(names)}", "see nvidia-smi")
     elif fit_node.NVIDIA.exists():
         yield Check("CUDA", here, FAILED, *OLD_DRIVER)
+    elif config.device == "cuda" and "RAY_ADDRESS" not in os.environ:
+        yield Check("CUDA", here, FAILED, "device=cuda, and there is no GPU", "leave device= out to train on the CPU")
     else:
         yield Check("CUDA", here, OK, "no GPU: training is on the CPU")
 
@@ -152,6 +154,7 @@ def _mlflow(config: RunConfig, here: str) -> Iterator[Check]:
     try:
         with engine.connect() as connection:
             is_at = connection.execute(sqlalchemy.text("SELECT version_num FROM alembic_version")).scalar()
+            tables = sqlalchemy.inspect(connection).get_table_names()
     except sqlalchemy.exc.SQLAlchemyError as error:
         reason = str(getattr(error, "orig", None) or type(error).__name__)
         yield Check("MLflow", here, FAILED, f"{told}: {reason}", "is tracking.uri an MLflow database?")
@@ -159,7 +162,11 @@ def _mlflow(config: RunConfig, here: str) -> Iterator[Check]:
     finally:
         engine.dispose()
     newest = _get_latest_schema_revision()
-    if is_at == newest:
+    halfway = [name for name in tables if name.startswith("_alembic_tmp_")]
+    if halfway and uri.startswith("sqlite:///"):
+        remedy = "move the file away, then: python jobs/sync.py"
+        yield Check("MLflow", here, FAILED, f"{told} was left half made (table {halfway[0]})", remedy)
+    elif is_at == newest:
         yield Check("MLflow", here, OK, f"{told}, schema {newest}")
     else:
         remedy = f"make a copy, then: mlflow db upgrade {told}"

@@ -14,7 +14,7 @@ from jem.config import JEMConfig
 from jem.errors import CheckpointError, DataError
 from jem.files import Location
 from jem.predict import PRIOR
-from jem.released import Released, is_released, read_released
+from jem.released import Released, is_released, read_released, unpickled
 from jem.replay import Stored
 from jem.train import TrainState
 from jem.world import World
@@ -66,7 +66,7 @@ def read_state_dict(location: Location, norm: str | None = None) -> dict[str, Te
         else:
             content = torch.load(io.BytesIO(location.read()), map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a file that is no state_dict makes torch raise
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = unpickled(error)
         raise DataError(f"init_from: {location.uri} is not a file of tensors: {reason}") from error
     if is_released(content):
         return read_released(location, norm=norm)

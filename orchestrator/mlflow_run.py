@@ -6,11 +6,13 @@ whatever MLflow, its database driver or its HTTP client raise; the caller retrie
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -229,7 +231,31 @@ class MLflowRun:
 
 
 def prepared(uri: str) -> str:
-    """SQLite makes a missing file, but no missing directory."""
-    if uri.startswith("sqlite:///"):
-        Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+    """The URI, where MLflow can be opened: of SQLite with its folder and its tables.
+
+    MLflow makes missing tables one by one, in whatever process comes first: two at once, or one that is killed
+    meanwhile, leave a database that no MLflow opens again. A new one is made apart and appears whole.
+    """
+    if not uri.startswith("sqlite:///"):
+        return uri
+    path = Path(uri.removeprefix("sqlite:///"))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists():
+        return uri
+    turn = path.with_name(f".{path.name}.lock")
+    with turn.open("a") as file:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(file, fcntl.LOCK_EX)
+        if not path.exists():
+            with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+                _make_database(Path(folder) / path.name, path)
+        turn.unlink(missing_ok=True)  # who still waits for it finds the database
     return uri
+
+
+def _make_database(apart: Path, path: Path) -> None:
+    from mlflow import MlflowClient
+
+    store = f"sqlite:///{apart}"
+    MlflowClient(store, store).search_experiments(max_results=1)
+    apart.replace(path)

@@ -85,7 +85,9 @@ def open_model(source: str, arguments: Sequence[str] = ()) -> Opened:
     if source.startswith(SCHEMES):
         return _of_mlflow(source, changes)
     try:
-        location = Location.of(place_of(source))
+        location = Location.of(
+            place_of(source, str(changes["storage_path"].value) if "storage_path" in changes else None)
+        )
     except ValueError as error:
         raise ConfigError([Problem("MODEL", str(error))]) from error
     if (location / checkpoint.MANIFEST).exists():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +13,7 @@ from jem.errors import ConfigError, JEMError, Problem
 from jem.settings import Entry, build
 from orchestrator.config import parse_arguments
 from orchestrator.result import Result
+from orchestrator.runs import lock
 
 if TYPE_CHECKING:
     from jem.data.manifest import Manifest
@@ -32,7 +33,12 @@ def prepare_or_verify(source: str | None, out: str, changes: Sequence[str], say:
     """Prepare `source` at `out`, or verify `out` where there is no source; `say` is told of the progress."""
     location = _location(out)
     try:
-        manifest = verify(location, say) if source is None else prepare(data_config(source, changes), location, say)
+        if source is None:
+            manifest = verify(location, say)
+        else:
+            config = data_config(source, changes)
+            with lock(location, tidy=True):  # of two at once the second would find an empty folder, too
+                manifest = prepare(config, location, say)
     except OSError as error:  # a full disk, a store that refuses: for the user to mend
         raise JEMError(f"{out}: {error}") from error
     for line in table(manifest):
@@ -64,7 +70,17 @@ def data_config(source: str, changes: Sequence[str]) -> DataConfig:
     entries, problems = parse_arguments(changes)
     entries = {key.removeprefix("data."): entry for key, entry in entries.items()}
     entries["name"] = Entry(source, "SOURCE", source)
-    if source not in DATA_SOURCES and (os.sep in source or Path(source).is_dir()):
+    if source not in DATA_SOURCES and ":" not in source and not Path(source).is_dir():
+        what = "is a file, a folder of images was expected" if Path(source).exists() else "there is no such folder"
+        close = difflib.get_close_matches(source, DATA_SOURCES, 1)
+        names = (
+            f"did you mean {close[0]!r}?"
+            if close
+            else f"or name one of {', '.join(DATA_SOURCES)}, package.module:function"
+        )
+        problems.append(Problem("SOURCE", f"{source}: {what}; {names}"))
+        del entries["name"]
+    if source not in DATA_SOURCES and Path(source).is_dir():
         entries |= {"name": Entry("imagefolder"), "root": Entry(source, "SOURCE", source)}
     try:
         config = build(DataConfig, entries)

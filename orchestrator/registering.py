@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from jem.errors import DataError, JEMError
@@ -24,7 +24,7 @@ from orchestrator.upload import reason
 REPORT = "report.json"
 
 
-def register_model(source: str, arguments: Sequence[str]) -> Result:
+def register_model(source: str, arguments: Sequence[str], say: Callable[[str], None] = print) -> Result:
     """A version of jem-DATA of the model that `source` names, in an MLflow run with the figures that lie beside it.
 
     Called again, it makes nothing twice. Raises ConfigError or DataError for what is no model, JEMError where MLflow
@@ -69,6 +69,9 @@ def register_model(source: str, arguments: Sequence[str]) -> Result:
     done = run.registered.get(card.digest)
     if done is None:
         raise JEMError(f"MLflow at {shown(uri)} has the run {run.run_id} of {source}, but would not register its model")
+    say(f"model: {done.model}")
+    say(f"champion: {done.champion}")
+    say(f"MLflow: run {run.run_id} in {shown(uri)}")
     return Result(
         run_id=run.run_id,
         name=opened.name,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from jem import checkpoint
-from jem.errors import JEMError
+from jem.errors import ConfigError, JEMError, Problem
 from jem.evaluate.measured import Measured
 from jem.files import Location
 from jem.predict import read_card
@@ -84,6 +85,14 @@ def served_of(run_folder: Path | None, digest: str) -> dict[str, Any] | None:
     with suppress(JEMError):
         return dataclasses.asdict(read_card(run_folder / FOLDER / digest[:12]))
     return None
+
+
+def check_writable(folder: Path) -> None:
+    """Raises ConfigError where `folder` cannot be made: before an hour's work and not after it."""
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if not os.access(there, os.W_OK):
+        message = f"the report would go to {folder}, and {there} cannot be written by this user; give a folder that can"
+        raise ConfigError([Problem("storage_path", message)])
 
 
 def whole_folder(folder: Path, fill: Callable[[Path], None]) -> None:

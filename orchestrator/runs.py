@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import psutil
 
@@ -148,15 +148,17 @@ def write_config(root: Location, config: RunConfig) -> None:
 
 
 @contextmanager
-def lock(root: Location) -> Iterator[None]:
+def lock(root: Location, tidy: bool = False) -> Iterator[None]:
     """Hold the run; ConfigError naming host and pid if another living driver does.
+
+    `tidy`: leave no lock file behind, for folders that are no runs.
 
     On a local disk the operating system releases the lock with the process. On an object store the lock
     is a file with a heartbeat, which counts as dead at once if its process on this host is gone, and
     elsewhere after three missed beats.
     """
     if root.is_local:
-        with _local_lock(root):
+        with _local_lock(root, tidy):
             yield
     else:
         with _remote_lock(root):
@@ -164,19 +166,35 @@ def lock(root: Location) -> Iterator[None]:
 
 
 @contextmanager
-def _local_lock(root: Location) -> Iterator[None]:
+def _local_lock(root: Location, tidy: bool) -> Iterator[None]:
     path = root.local.parent / f".{root.name}.lock"  # beside the folder, which --fresh moves away
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.seek(0)
-            raise _held(root, file.read()) from None
+    if tidy and root.is_dir() and not os.access(path.parent, os.W_OK):  # a folder that is mounted
+        path = root.local / ".lock"
+    with _locked(root, path) as file:
         file.truncate(0)
         file.write(_identity())
         file.flush()
-        yield
+        try:
+            yield
+        finally:
+            if tidy:
+                path.unlink(missing_ok=True)
+
+
+def _locked(root: Location, path: Path) -> IO[str]:
+    """The file, open and held: that which lies there, as the one that was opened may be gone meanwhile."""
+    while True:
+        file = path.open("a+")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            with file:
+                file.seek(0)
+                raise _held(root, file.read()) from None
+        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            return file
+        file.close()
 
 
 @contextmanager

@@ -61,6 +61,7 @@ def identity(plan: Plan, card: Card, rows_per_unit: int) -> dict[str, Any]:
 def look(out: Location, plan: Plan, same: Mapping[str, Any]) -> dict[int, tuple[int, Totals]]:
     """The units that are there already: number -> (bytes, totals).
 
+    A file of the data that was mended meanwhile leaves what was scored of the others as it is, until all is scored.
     Raises ConfigError if `out` holds anything else, scores of other data or by another model among it.
     """
     if out.exists() and not out.is_dir():
@@ -77,8 +78,9 @@ def look(out: Location, plan: Plan, same: Mapping[str, Any]) -> dict[int, tuple[
         contents = list(pool.map(_content, ours))
     there = {}
     for file, content in zip(ours, contents, strict=True):
-        _refuse_other(out, content, same)
-        if file.name not in numbers or content["unit"] != asdict(plan.units[numbers[file.name]]):
+        known = file.name in numbers and content["unit"] == asdict(plan.units[numbers[file.name]])
+        _refuse_other(out, content | ({"data": same["data"]} if known else {}), same)
+        if not known:
             raise DataError(f"{file.uri}: is not of this data's units; delete it")
         there[numbers[file.name]] = (file.size(), Totals(**content["totals"]))
     return there

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -117,7 +118,8 @@ def _decoded(encoded: bytes | None, shape: tuple[int, int, int]) -> np.ndarray:
                 raise ValueError(f"holds {found}")  # before it is decoded: a small file can claim to be huge
             array = np.asarray(upright(image))  # as training data are read
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"its bytes are no readable image ({error})") from error
+        reason = re.sub(r" <_io\.BytesIO.*>", "", str(error))
+        raise ValueError(f"its bytes are no readable image ({reason})") from error
     return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
 
 

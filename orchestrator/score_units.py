@@ -134,7 +134,8 @@ def _files(data: Location, split: str | None) -> tuple[Location, Sequence[str], 
     names = [info.path[len(data.path.rstrip("/")) + 1 :] for info in found if info.type == pafs.FileType.File]
     chosen = [n for n in names if n.endswith(".parquet") and not any(p.startswith((".", "_")) for p in n.split("/"))]
     if not chosen:
-        raise DataError(f"{data.uri}: holds neither {manifests.NAME} nor any *.parquet")
+        remedy = "a folder of images, one sub-folder a class, is made one by jobs/prepare.py"
+        raise DataError(f"{data.uri}: holds neither {manifests.NAME} nor any *.parquet; {remedy}")
     return data, sorted(chosen), None
 
 

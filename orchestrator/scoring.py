@@ -64,7 +64,7 @@ def portable_folder(source: str, tracking_uri: str | None, into: Path, storage: 
 
     if source.startswith(SCHEMES):
         return model_folder(source, tracking_uri, storage, into).folder
-    location = _location("MODEL", place_of(source))
+    location = _location("MODEL", place_of(source, storage))
     found = next((place for place in (location, *_final_models(location)) if (place / CARD).exists()), None)
     if found is None:
         what = f"holds no {CARD}, here or in models/" if location.exists() else "does not exist"
@@ -115,7 +115,7 @@ def _score(config: ScoreConfig, folder: Path, card: Card, source: Location, targ
                 raise JEMError(f"{target.uri}: {missing[0]} was written, but is {where}")
             content = summary(plan, same, there)
             (target / SUMMARY).write((json.dumps(content, indent=1) + "\n").encode())
-    return _result(target, content)
+    return _result(target, content, stream)
 
 
 def _score_rest(
@@ -145,12 +145,19 @@ def _score_rest(
         score_on_ray(folder, work, missing, config.workers, config.device, done)
 
 
-def _result(target: Location, content: dict[str, Any]) -> Scored:
+def _result(target: Location, content: dict[str, Any], stream: TextIO) -> Scored:
     from orchestrator.score_files import SUMMARY
 
     shown = ("in_distribution", "mean_probability", "accuracy")
     metrics = {key: content[key] for key in shown if content[key] is not None}
+    rows, labelled = content["rows"], content["labelled"]
+    told = f"{rows:,} rows, {content['in_distribution']:.1%} in distribution"
+    told += f", accuracy {content['accuracy']:.4f}" if labelled else ""
+    stream.write(f"scores: {target.uri}: {told}\n")
+    strange = rows - labelled if content["settings"]["label"] else 0
+    message = f"{strange:,} of {rows:,} labels are none of the model's classes, and count for no accuracy"
     return Scored(
+        message=message if strange else "",
         metrics=metrics,
         status="finished",
         out=target.uri,
@@ -169,7 +176,7 @@ def _alone(target: Location) -> Iterator[None]:
 
     with ExitStack() as stack:
         try:
-            stack.enter_context(lock(target))
+            stack.enter_context(lock(target, tidy=True))
         except ConfigError as error:
             who = str(error).partition(" is working on")[0]
             raise ConfigError(f"{who} is writing scores there; wait for it, stop it, or give another OUT") from None

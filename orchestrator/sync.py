@@ -38,11 +38,14 @@ class Synced(Result):
 def sync_runs(arguments: list[str], say: Say = print) -> Synced:
     """Those that are named, or all of a storage that MLflow has not got whole; `say` is told of each at once."""
     storage, named, settings = choose(arguments, ("storage_path", "tracking.uri"))
+    uri = settings.get("tracking.uri")
+    if uri is not None:
+        uri = default_uri(storage, uri)[0]
     chosen = [look(below) for root in named or find(storage) for below in (root, *find(root / TRIALS))]
     parents: dict[str, str] = {}
     entries = []
-    for run in chosen if named else [run for run in chosen if not _sent(run)]:
-        entry = _entry(run, settings.get("tracking.uri"), parents)
+    for run in chosen if named else [run for run in chosen if not _sent(run, uri)]:
+        entry = _entry(run, uri, parents)
         say(f"{entry['name']}: {entry['status']}: {entry['message']}")
         entries.append(entry)
     if not entries:
@@ -72,9 +75,22 @@ def remember_sent(root: Location, record: RunRecord, spec: RunSpec, run_id: str,
     record.save(root)
 
 
-def _sent(run: Run) -> bool:
-    """A sweep has no run.json of a run's kind, and a trial that crashed early may have none."""
+def _sent(run: Run, uri: str | None) -> bool:
+    """Whether all is there, in the MLflow of `uri` (none: wherever it was sent to).
+
+    A sweep has no run.json of a run's kind, and a trial that crashed early may have none.
+    """
+    if uri is not None and _place(run) != shown(uri):
+        return False
     return run.sent or (not run.record and not run.holder and is_whole(log_of(run.root).parent))
+
+
+def _place(run: Run) -> str | None:
+    """The MLflow that it was sent to, as far as known."""
+    if run.mlflow:
+        return str(run.mlflow.get("uri"))
+    folder = log_of(run.root).parent
+    return shown(kept_spec(folder)[0].uri) if (folder / STATE_NAME).exists() else None
 
 
 def _entry(run: Run, uri: str | None, parents: dict[str, str] | None = None) -> dict[str, Any]:

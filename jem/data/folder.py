@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif")
 OTHERS = (".avif", ".heic", ".heif", ".jp2", ".jxl", ".svg", ".tga")
 """Images that are not read: leaving them out in silence would leave data out."""
+NAMED = 20
+"""Of images that cannot be read, in one message."""
+
 SPLIT_NAMES = ("train", "training", "validation", "valid", "val", "dev", "test", "testing")
 LAYOUTS = "ROOT/train/CLASS/*.png (also validation, test) or ROOT/CLASS/*.png"
 
@@ -39,11 +42,16 @@ class Index:
 
 
 def index(root: Path, least: int = 2) -> Index:
-    """List a folder; no image is opened. DataError if it has neither layout, or not `least` classes."""
+    """List a folder; no image is opened. DataError if it has neither layout, or not `least` classes.
+
+    With `least` 1, which is for outliers, whose classes do not matter, images without any folder will do.
+    """
     if not root.is_dir():
         raise DataError(f"{root}: there is no such folder; data.root names one laid out as {LAYOUTS}")
     folders = _split_folders(root)
     classes = _folders(folders["train"])
+    if least == 1 and not classes:
+        return Index((root.name,), {"train": _files(root.absolute().parent, [root.absolute().name], whole=False)})
     if least > 1:  # of outliers all images will do
         _check_names(root, folders, classes)
     if len(classes) < least:
@@ -88,21 +96,30 @@ def decode(files: Sequence[Path], size: int, channels: int) -> Tensor:
     from PIL import Image
 
     images = torch.empty(len(files), channels, size, size, dtype=torch.uint8)
+    unreadable: list[str] = []
     for row, path in enumerate(files):
         try:
             with Image.open(path) as opened:
                 mode = opened.mode
                 image = upright(opened).convert("RGB" if channels == 3 else "L")
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise DataError(f"{path}: is not a readable image: {error}; replace or delete the file") from error
+            reason = str(error).removesuffix(f" '{path}'")
+            unreadable.append(f"{path}: is not a readable image: {reason}; replace or delete the file")
+            continue
         if mode == "F" or mode.startswith("I"):
             numbers = "floats" if mode == "F" else "more than 8 bits a pixel"
             remedy = "scale the images to 0..255 and save them with 8 bits a channel"
-            raise DataError(f"{path}: has {numbers} (Pillow's mode {mode}), must have 8 bits a channel; {remedy}")
+            unreadable.append(f"{path}: has {numbers} (Pillow's mode {mode}), must have 8 bits a channel; {remedy}")
+            continue
+        if unreadable:
+            continue  # all of them are named at once
         side = min(image.size)
         left, top = (image.width - side) // 2, (image.height - side) // 2
         square = image.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.BILINEAR)
         images[row] = torch.from_numpy(np.array(square).reshape(size, size, channels)).permute(2, 0, 1)
+    if unreadable:
+        more = [f"and {len(unreadable) - NAMED} more"] if len(unreadable) > NAMED else []
+        raise DataError("\n".join([*unreadable[:NAMED], *more]))
     return images
 
 

@@ -80,7 +80,7 @@ def write(
 
 def refuse_unless_empty(location: Location) -> None:
     """DataError if something is at `location` that writing there would mix with."""
-    if location.exists() and (not location.is_dir() or location.children()):
+    if location.exists() and not (location.is_dir() and all(one.name.startswith(".") for one in location.children())):
         raise DataError(f"{location.uri}: exists and is not an empty folder; name another or delete it")
 
 

@@ -167,6 +167,8 @@ def refusal(name: str, data: DataConfig) -> str:
     except ConfigError as error:
         return error.problems[0].message
     if not location.is_dir():
+        if location.exists():
+            return f"{name}: is a file; give a folder of images, or what jobs/prepare.py wrote"
         if "/" in name or name.startswith(("~", ".")):
             return f"{name}: there is no such folder"
         close = difflib.get_close_matches(name, KNOWN, 1)

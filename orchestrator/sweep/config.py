@@ -25,6 +25,7 @@ from orchestrator.config import (
     EvaluateConfig,
     RunConfig,
     anchored,
+    as_name,
     data_problems,
     find_yaml,
     folder_name,
@@ -37,7 +38,7 @@ from orchestrator.config import (
 )
 from orchestrator.sweep.arms import SEARCHED, Arm, WrittenArm, gather_arms, read_arms, science_of
 from orchestrator.sweep.axes import Written, changed, gather, read_space
-from orchestrator.sweep.schedule import check, resolved, shared
+from orchestrator.sweep.schedule import check, grid_trials, resolved, shared
 from orchestrator.sweep.space import Space, words
 
 S = TypeVar("S", bound=Settings)
@@ -159,7 +160,12 @@ class Sweep:
 
     @property
     def name(self) -> str:
-        return self.config.name or f"{self.stem}-{digest(self.science)}"
+        return self.config.name or f"{as_name(self.stem)}-{digest(self.science)}"
+
+    @property
+    def trials(self) -> int:
+        """Of the search, the base's among them."""
+        return grid_trials(self.run, self.space) if self.config.searcher == "grid" else self.config.budget.trials
 
     def arm(self, name: str) -> Arm:
         return next(arm for arm in self.arms if arm.name == name)

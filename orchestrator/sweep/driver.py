@@ -108,7 +108,7 @@ class Search(Session[SweepResult]):
             finals = (1 + config.finalists) * config.seeds if config.finalists else 0
             trials = self._candidates()
             for stretch in stretches(sweep):
-                stage(stretch.name, trials, config.budget.trials, finals, stretch.until)
+                stage(stretch.name, trials, sweep.trials, finals, stretch.until)
             chosen = decide.finalists(read_trials(self.root), sweep)
             trials = [
                 Trial(f"f-{name}-s{seed}", "finalists", number, name, point, seed)

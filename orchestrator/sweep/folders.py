@@ -49,7 +49,8 @@ def print_group(told: dict[str, Any], jobs: str) -> None:
     what = KINDS.get(told["kind"], (told["kind"],))[0]
     counts = ", ".join(f"{n} {status}" for status, n in told["counts"].items() if status != "all")
     ended = f"{told['status']} ({counts})" if counts else told["status"]
-    where = f"python {jobs}/runs.py storage_path={told['folder']}/{TRIALS}"
+    storage = shlex.quote(f"storage_path={told['folder']}/{TRIALS}")
+    where = f"python {jobs}/runs.py {storage}"
     print(f"{told['name']}: {what}, {ended}; its trials: {where}")
     if told["next"]:
         print(f"  next: {told['next']}")

@@ -88,7 +88,7 @@ def _about(sweep: Sweep) -> Iterator[tuple[str, str]]:
     yield "searcher", config.searcher
     yield "scheduler", f"{names[scheduler.name]}: {details[scheduler.name]}"
     yield "measured", f"every {run.evaluate.every} steps; checkpoints every {run.checkpoint.every}"
-    yield "budget", f"{config.budget.trials} trials of {run.steps:,} steps, the base's among them; {minutes}"
+    yield "budget", f"{sweep.trials} trials of {run.steps:,} steps, the base's among them; {minutes}"
     if config.finalists:
         count = f"the best {config.finalists} and the base" if config.finalists > 1 else "the best and the base"
         yield "finalists", f"{count}, each with {config.seeds} seeds"
@@ -101,8 +101,8 @@ def _counts(sweep: Sweep) -> dict[str, float]:
     again = (config.finalists + 1) * config.seeds if config.finalists else 0
     counts: dict[str, float] = {
         "axes": len(sweep.space),
-        "trials": config.budget.trials,
-        "search_steps": config.budget.trials * sweep.run.steps,
+        "trials": sweep.trials,
+        "search_steps": sweep.trials * sweep.run.steps,
         "finalist_trials": again,
         "finalist_steps": again * sweep.run.steps,
     }

@@ -74,7 +74,7 @@ def fit(sweep: Sweep, cpus: float, gpus: float, memory_gib: float, grows: bool =
             f"is {config.resources.label!r}: machines of that kind are a cluster's; set RAY_ADDRESS, or leave it out"
         )
         raise ConfigError([Problem("resources.label", message)])
-    limits: dict[str, float] = {"the arms" if sweep.arms else "budget.trials": config.budget.trials}
+    limits: dict[str, float] = {"the arms" if sweep.arms else "budget.trials": sweep.trials}
     if not grows or config.concurrency is None:
         problems = list(_impossible(needs, workers, config.concurrency, grows))
         if problems:

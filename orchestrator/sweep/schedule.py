@@ -103,11 +103,16 @@ def _grid(config: SweepConfig, run: RunConfig, space: Space) -> Iterator[Problem
         message = "is grid, but no axis is one; write grid: [...] for one at least, or use searcher=random"
         yield Problem("searcher", message)
     else:
-        points = grid(space)
-        needed = 1 + (len(points) if len(points) > COUNTED else sum(valid(run, point) for point in points))
+        needed = grid_trials(run, space)
         if config.budget.trials < needed:
             message = f"is {config.budget.trials}, must be at least {needed}: each point of the grid, and the base"
             yield Problem("budget.trials", message)
+
+
+def grid_trials(run: RunConfig, space: Space) -> int:
+    """A trial for each point of a grid that there can be, and the base's."""
+    points = grid(space)
+    return 1 + (len(points) if len(points) > COUNTED else sum(valid(run, point) for point in points))
 
 
 def _gpus(config: SweepConfig, run: RunConfig) -> Iterator[Problem]:

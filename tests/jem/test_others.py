@@ -21,6 +21,7 @@ from jem.evaluate.others import (
     default_sets,
     fingerprint,
     load_outliers,
+    refusal,
     set_name,
     spaced,
 )
@@ -234,8 +235,18 @@ def test_a_folder_with_a_test_split_gives_that_and_nothing_else_is_opened(tmp_pa
 
 def test_a_folder_of_a_single_class_will_do_though_no_classifier_learns_from_it(tmp_path, data):
     assert len(load_outliers(levels(tmp_path / "one", {"images": 4}), like_test(), data, 100).images) == 4
-    with pytest.raises(DataError, match="has 0 class folders, 1 is needed"):
-        load_outliers(levels(tmp_path / "none", {"": 4}), like_test(), data, 100)
+    (tmp_path / "none").mkdir()
+    with pytest.raises(DataError, match="none: holds no image"):
+        load_outliers(str(tmp_path / "none"), like_test(), data, 100)
+
+
+def test_images_without_any_folder_will_do_and_a_file_is_said_to_be_one(tmp_path, data, monkeypatch):
+    for row in range(3):
+        Image.new("L", (9, 9), 40 * row).save(tmp_path / f"{row}.png")
+    assert len(load_outliers(str(tmp_path), like_test(), data, 10).images) == 3
+    monkeypatch.chdir(tmp_path)
+    assert len(load_outliers("./", like_test(), data, 10).images) == 3
+    assert "0.png: is a file; give a folder of images" in refusal("./0.png", data)
 
 
 def test_images_of_every_size_become_the_models_size_and_channels(tmp_path, data):

@@ -271,6 +271,18 @@ def test_folders_of_outliers_are_those_of_where_the_command_is_typed(tmp_path, m
 # Mistakes
 
 
+def test_a_files_name_need_be_no_folders(recipe):
+    path = recipe("base: digits\n")
+    spaced = path.rename(path.with_name("my best recipe.yaml"))
+    assert load_run_config(str(spaced), []).name == f"my-best-recipe-{load_run_config('digits', []).digest}"
+
+
+def test_a_sweep_is_no_recipe_and_what_runs_it_is_said(recipe):
+    path = recipe("base: digits\nspace: {sgld.steps: {int: [1, 4]}}\n")
+    with pytest.raises(ConfigError, match=f"is a sweep: python jobs/sweep.py {path}"):
+        load_run_config(str(path), [])
+
+
 def test_all_mistakes_of_file_and_command_line_come_at_once_with_their_origin(recipe):
     path = recipe(
         """base: digits
@@ -381,7 +393,9 @@ def test_a_mistake_in_one_group_is_not_told_as_one_in_another(mistake):
         ("optimizer.learning_rate=.inf", "is inf, must be greater than 0"),
         ("replay.reinit_prob=1.01", "is 1.01, must be at least 0 and at most 1"),
         ("optimizer.betas=[0.9]", "has 1 entries, must have two"),
-        ("optimizer.betas=0.9", "is 0.9, a list was expected"),
+        ("optimizer.betas=0.9", "is 0.9, a list was expected: [0.9]"),
+        ("evaluate.sets=uniform", "is 'uniform', a list was expected: [uniform]"),
+        ("device=gpu", "did you mean 'cuda'?"),
         ("data.flip=1", "is 1, true or false was expected"),
         ("seed=true", "is true, a whole number was expected"),
         ("seed=-1", "is -1, must be at least 0"),

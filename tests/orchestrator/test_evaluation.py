@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -278,6 +279,24 @@ def test_a_released_checkpoint_is_evaluated_and_its_mlflow_run_is_its_own(tmp_pa
     with pytest.raises(DataError, match="10 classes"):
         evaluated(tmp_path / "jem.pt", "data.name=cifar100", FAST)
     assert torch.equal(open_model(str(tmp_path / "jem.pt"), settings[:1]).buffer(), torch.zeros(4, 3, 32, 32))
+
+
+def test_a_run_is_a_model_by_its_name_too(made, monkeypatch):
+    storage, first, _, _ = made
+    assert open_model("one", [f"storage_path={storage}"]).digest == open_model(str(first)).digest
+    monkeypatch.chdir(storage)
+    assert open_model("one").source == "one", "a folder that is there"
+    monkeypatch.chdir(first)
+    with pytest.raises(ConfigError, match="two does not exist"):
+        open_model("two")
+
+
+def test_a_report_that_could_not_be_written_is_not_made(made, tmp_path, monkeypatch):
+    readable = [*made[:2], tmp_path]
+    monkeypatch.setattr(os, "access", lambda path, _: Path(path) not in readable)
+    monkeypatch.setattr(evaluation, "load", lambda _: pytest.fail("the data were opened"))
+    with pytest.raises(ConfigError, match=r"storage_path: the report would go to .*cannot be written by this user"):
+        evaluated(made[1], FAST, f"storage_path={tmp_path}/runs")
 
 
 def test_a_models_name_is_that_of_the_data_it_was_trained_with_wherever_these_are_now(made):

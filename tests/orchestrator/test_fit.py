@@ -50,6 +50,15 @@ def test_a_storage_that_cannot_be_written_fails_with_a_remedy(tmp_path, capsys):
     assert f"remedy: {check['remedy']}" in capsys.readouterr().out
 
 
+def test_a_gpu_that_is_asked_for_and_is_not_there_is_a_failure(tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr(fit_node, "NVIDIA", tmp_path / "none")
+    result = diagnose([f"storage_path={tmp_path}", "device=cuda"])
+    assert found(result, "CUDA", FAILED)[0]["found"] == "device=cuda, and there is no GPU"
+    assert result.exit_code == 1
+    assert found(diagnose([f"storage_path={tmp_path}"]), "CUDA", OK)
+
+
 def test_a_token_that_others_can_read_fails_and_is_not_shown(tmp_path, own_token, capsys):
     own_token.write_text("the-secret-token")
     own_token.chmod(0o644)

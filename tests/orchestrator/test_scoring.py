@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -24,6 +26,7 @@ from jem.models import make_network
 from jem.predict import BATCH, CARD, WEIGHTS, Card, Predictor, save
 from jem.settings import flatten
 from orchestrator import score_ray, scoring
+from orchestrator.runs import lock
 from orchestrator.score_images import problem_of, to_pixels
 from orchestrator.score_rows import score_unit
 from orchestrator.score_units import Columns, make_plan
@@ -346,12 +349,16 @@ def test_the_accuracy_is_over_rows_whose_class_the_model_has(tmp_path, model, sc
     by_name = score(model, tmp_path / "a.parquet", tmp_path / "names", "keep=[id]")
     by_number = score(model, tmp_path / "a.parquet", tmp_path / "numbers", "label=number")
     assert by_name.metrics["accuracy"] == by_number.metrics["accuracy"] == 0.5
+    assert by_name.message == "2 of 4 labels are none of the model's classes, and count for no accuracy"
+    assert "4 rows, " in by_name.said
+    assert "accuracy 0.5000" in by_name.said
     table = scores(tmp_path / "names")
     assert table["true_label"].to_pylist() == names
     assert table["id"].to_pylist() == list("abcd")
     assert scores(tmp_path / "numbers")["true_label"].to_pylist() == numbers
     without = score(model, tmp_path / "a.parquet", tmp_path / "none", "label=none")
     assert "accuracy" not in without.metrics
+    assert without.message == ""
     assert "true_label" not in scores(tmp_path / "none").column_names
 
 
@@ -390,7 +397,9 @@ def test_finished_scores_are_read_out_without_asking_anybody(tmp_path, model, sc
     write_data(tmp_path / "a.parquet", pictures(40))
     first = score(model, tmp_path / "a.parquet", tmp_path / "out")
     again = score(model, tmp_path / "a.parquet", tmp_path / "out")
-    assert (again.json(), again.said) == (first.json(), "")
+    assert again.json() == first.json()
+    assert again.said == first.said.splitlines(keepends=True)[-1]
+    assert again.said.startswith(f"scores: {tmp_path}/out: 40 rows, ")
     assert scored_units == [0]
     (tmp_path / "out" / "scores.json").unlink()
     assert score(model, tmp_path / "a.parquet", tmp_path / "out").json() == first.json()
@@ -477,6 +486,40 @@ def test_a_bad_image_ends_it_with_file_and_row_and_finished_units_stay(tmp_path,
     with pytest.raises(DataError, match=r"a.parquet, row 17: holds a PNG of 7 x 4 pixels, mode RGB; expected uint8"):
         score(model, tmp_path / "a.parquet", tmp_path / "out", "rows_per_unit=10", "column=picture")
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["scores-00000-of-00003.parquet"]
+
+
+def test_an_image_that_is_mended_leaves_what_was_scored_of_the_others(tmp_path, model, scored_units):
+    data, out = tmp_path / "data", tmp_path / "out"
+    data.mkdir()
+    whole = [png(image) for image in pictures(20)]
+    for name, images in (("a", whole), ("b", [*whole[:7], b"no image", *whole[8:]])):
+        pq.write_table(pa.table({"image": images}), data / f"{name}.parquet", row_group_size=10)
+    with pytest.raises(
+        DataError, match=r"b.parquet, row 7: its bytes are no readable image \(cannot identify image file\);"
+    ):
+        score(model, data, out, "rows_per_unit=10")
+    assert scored_units == [0, 1]
+    pq.write_table(pa.table({"image": whole}), data / "b.parquet", row_group_size=10)
+    result = score(model, data, out, "rows_per_unit=10")
+    assert scored_units == [0, 1, 2, 3]
+    assert "going on: 2 of 4 units" in result.said
+    assert f"scores: {out}: 40 rows, " in result.said
+    assert not list(tmp_path.glob(".*.lock"))
+    first, second = np.split(np.asarray(scores(out)["log_density"]), 2)
+    assert np.array_equal(first, second)
+
+
+def test_an_out_in_a_folder_that_cannot_be_written_is_held_within(tmp_path, model, scored_units, monkeypatch):
+    write_data(tmp_path / "a.parquet", pictures(4))
+    out = tmp_path / "mounted" / "out"
+    out.mkdir(parents=True)
+    monkeypatch.setattr(os, "access", lambda path, _: Path(path) != out.parent)
+    with lock(Location.of(out), tidy=True):
+        assert [path.name for path in out.iterdir()] == [".lock"]
+        with pytest.raises(ConfigError, match="is writing scores there"):
+            score(model, tmp_path / "a.parquet", out)
+    assert score(model, tmp_path / "a.parquet", out).rows == 4
+    assert not list(out.parent.glob(".*"))
 
 
 def test_a_damaged_page_is_named_and_nothing_of_its_unit_is_written(tmp_path, model, scored_units):

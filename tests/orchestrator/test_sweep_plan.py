@@ -180,6 +180,16 @@ def test_the_counts_are_those_by_hand(capsys):
     assert (alone["finalist_trials"], alone["finalist_steps"]) == (0, 0)
 
 
+def test_a_grid_has_as_many_trials_as_points_and_the_base(tmp_path, capsys):
+    path = tmp_path / "grid.yaml"
+    space = "{sgld.steps: {grid: [1, 2]}, sgld.step_size: {grid: [0.1, 0.2]}}"
+    path.write_text(f"base: digits\nsearcher: grid\nfinalists: 0\nbudget: {{trials: 16, steps: 20}}\nspace: {space}\n")
+    asked = load_sweep(str(path), [])
+    metrics = plan(asked, 20, 0, 64).metrics
+    assert (metrics["trials"], metrics["search_steps"], metrics["at_once"]) == (5, 100, 5)
+    assert "5 trials of 20 steps" in capsys.readouterr().out
+
+
 def test_examples_are_trials_that_can_be_and_that_the_search_begins_with():
     asked = sweep("searcher=random")
     found = examples(asked)

@@ -133,6 +133,19 @@ def test_another_mlflow_can_be_named_and_gets_everything(storage, dead, tmp_path
     assert location.endswith("runs/mlartifacts")
 
 
+def test_all_runs_are_asked_of_the_mlflow_that_is_named(storage, tmp_path):
+    made(storage, "a", complete=False)
+    assert synced()[1] == {"a": "sent"}
+    assert "MLflow has everything" in synced()[2]
+    assert "MLflow has everything" in synced(f"tracking.uri=sqlite:///{storage}/mlflow.db")[2]
+    other = f"tracking.uri=sqlite:///{tmp_path}/other.db"
+    shutil.copyfile(storage / "mlflow.db", tmp_path / "other.db")
+    assert synced(other)[1] == {"a": "sent"}
+    assert "MLflow has everything" in synced(other)[2]
+    with pytest.raises(ConfigError, match=r"tracking.uri: is 'nonsense', which names no MLflow"):
+        synced("tracking.uri=nonsense")
+
+
 def test_a_password_comes_from_the_command_or_the_environment(storage, dead, monkeypatch):
     host = dead.removeprefix("http://")
     made(storage, "tiny", complete=False, uri=f"http://me:***@{host}")

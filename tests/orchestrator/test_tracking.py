@@ -21,6 +21,7 @@ from ports import free_port
 
 from jem.errors import ConfigError, JEMError
 from jem.files import Location
+from orchestrator import mlflow_run
 from orchestrator.events import EventLog, read
 from orchestrator.mlflow_run import TOKEN_TAG, RunSpec
 from orchestrator.tracking import Uploader, default_uri, sync
@@ -353,6 +354,32 @@ def test_a_run_whose_creation_was_not_answered_is_found_again(store, run_dir, lo
     sender.start()
     assert [sender.finish("finished", 60)] == store.runs() == known
     assert store.tags(known[0])[TOKEN_TAG] == kept["state"]["token"]
+
+
+def test_drivers_that_come_first_at_once_make_one_database_and_one_that_is_killed_spoils_none(
+    migrated, tmp_path, monkeypatch
+):
+    uri, made = f"sqlite:///{tmp_path}/s/mlflow.db", []
+
+    def half(apart, _):
+        apart.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    def slow(apart, path):
+        made.append(path)
+        shutil.copyfile(migrated, apart)
+        time.sleep(0.5)
+        apart.replace(path)
+
+    monkeypatch.setattr(mlflow_run, "_make_database", half)
+    with pytest.raises(KeyboardInterrupt):
+        mlflow_run.prepared(uri)
+    assert not (tmp_path / "s" / "mlflow.db").exists()
+    monkeypatch.setattr(mlflow_run, "_make_database", slow)
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(mlflow_run.prepared, [uri] * 4)) == [uri] * 4
+    assert len(made) == 1
+    assert [path.name for path in (tmp_path / "s").iterdir()] == ["mlflow.db"]
 
 
 def test_drivers_that_start_at_once_share_one_experiment(store, tmp_path):

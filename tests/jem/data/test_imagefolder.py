@@ -5,6 +5,7 @@ import torch
 from PIL import Image, ImageOps
 
 from jem.config import DataConfig
+from jem.data.folder import decode
 from jem.data.sources import describe, load
 from jem.data.upright import orientation, upright
 from jem.errors import ConfigError, DataError
@@ -187,3 +188,17 @@ def test_a_damaged_picture_is_named(tmp_path):
     (tmp_path / "b" / "003.png").write_bytes(b"\x89PNG nonsense")
     with pytest.raises(DataError, match=r"b/003.png: is not a readable image: .*; replace or delete the file"):
         load(config(tmp_path))
+
+
+def test_all_pictures_that_cannot_be_read_are_named_at_once(tmp_path):
+    fakes.folder(tmp_path, {"cat": 1})
+    (good,) = (tmp_path / "cat").iterdir()
+    bad = [tmp_path / f"{row}.png" for row in range(22)]
+    for path in bad:
+        path.write_bytes(b"no picture")
+    with pytest.raises(DataError) as caught:
+        decode([bad[0], good, *bad[1:]], 8, 1)
+    lines = str(caught.value).splitlines()
+    assert lines[1] == f"{bad[1]}: is not a readable image: cannot identify image file; replace or delete the file"
+    assert len(lines) == 21
+    assert lines[-1] == "and 2 more"

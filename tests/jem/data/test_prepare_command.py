@@ -10,9 +10,11 @@ from jem.config import DataConfig
 from jem.data import parquet
 from jem.data.sources import load
 from jem.errors import ConfigError
+from jem.files import Location
 from jobs.prepare import prepare
 from orchestrator.command import run_command
 from orchestrator.prepare import data_config
+from orchestrator.runs import lock
 
 SCRIPT = Path(__file__).parents[3] / "jobs" / "prepare.py"
 
@@ -79,6 +81,27 @@ def test_missing_data_ends_with_exit_code_2_and_leaves_nothing(run, tmp_path):
     assert (code, result["status"]) == (2, "bad data")
     assert "data.name=svhn: is not there" in text
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("digitz", "there is no such folder; did you mean 'digits'?"),
+        ("f.png", "is a file, a folder of images was expected"),
+    ],
+)
+def test_a_source_that_is_none_is_named(run, tmp_path, monkeypatch, source, said):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "f.png").write_bytes(b"")
+    code, result, _ = run(source, tmp_path / "out")
+    assert (code, said in result["message"]) == (2, True)
+
+
+def test_two_commands_do_not_write_to_one_place(run, tmp_path):
+    with lock(Location.of(tmp_path / "out")):
+        code, result, _ = run("digits", tmp_path / "out")
+    assert code == 2
+    assert "is working on" in result["message"]
 
 
 def test_damage_ends_verification_with_exit_code_2(run, tmp_path):
