@@ -141,8 +141,13 @@ def _score_rest(
     if there:
         stream.write(f"going on: {len(there)} of {len(plan.units)} units are scored already\n")
     rows = sum(unit.rows for unit in missing)
-    with _progress(rows, len(missing), stream) as done:
-        score_on_ray(folder, work, missing, config.workers, config.device, done)
+    try:
+        with _progress(rows, len(missing), stream) as done:
+            score_on_ray(folder, work, missing, config.workers, config.device, done)
+    except KeyboardInterrupt:
+        kept = sum(file.name in {unit.name for unit in plan.units} for file in target.children())
+        stream.write(f"{kept} of {len(plan.units)} units are scored and kept; the same command goes on\n")
+        raise
 
 
 def _result(target: Location, content: dict[str, Any], stream: TextIO) -> Scored:

@@ -33,6 +33,9 @@ SAME_FOR_ALL = {
     "tracking": "all trials are kept in one place",
     "evaluate": "all trials are measured alike, or they could not be compared",
     "checkpoint": "it does not change what is trained",
+    "data.name": "figures of other images cannot be compared",
+    "data.root": "figures of other images cannot be compared",
+    "data.validation_size": "all trials are measured alike, or they could not be compared",
 }
 """Settings, or groups of them, that cannot be an axis, and why."""
 

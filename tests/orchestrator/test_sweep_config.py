@@ -320,6 +320,7 @@ space:
         ("evaluate.every: {int: [1, 2]}", "all trials are measured alike, or they could not be compared"),
         ("steps: {int: [1, 2]}", "all trials have the same budget: budget.steps="),
         ("seed: {int: [1, 2]}", "every trial has the sweep's seed"),
+        ("data.name: {choice: [digits, mnist5k]}", "cannot be searched: figures of other images cannot be compared"),
         ("sgld.steps: {grid: [1, 2]}", "is for searcher=grid, it is random; write choice in its place"),
         (
             "sgld.steps: {int: [1, 2], when: {sgld.clam: 1}}",
