@@ -509,6 +509,20 @@ def test_an_image_that_is_mended_leaves_what_was_scored_of_the_others(tmp_path, 
     assert np.array_equal(first, second)
 
 
+def test_interrupted_it_says_what_is_kept(tmp_path, model, scored_units, monkeypatch):
+    write_data(tmp_path / "a.parquet", pictures(30), group=10)
+    every, stream = score_ray.score_on_ray, io.StringIO()
+
+    def interrupted(folder, work, units, *others):
+        every(folder, work, units[:2], *others)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(score_ray, "score_on_ray", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        scoring.score(str(model), f"{tmp_path}/a.parquet", f"{tmp_path}/out", ["rows_per_unit=10"], stream)
+    assert stream.getvalue().endswith("2 of 3 units are scored and kept; the same command goes on\n")
+
+
 def test_an_out_in_a_folder_that_cannot_be_written_is_held_within(tmp_path, model, scored_units, monkeypatch):
     write_data(tmp_path / "a.parquet", pictures(4))
     out = tmp_path / "mounted" / "out"
