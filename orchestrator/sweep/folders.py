@@ -24,10 +24,13 @@ def is_group(root: Location) -> bool:
 
 def about(root: Location, jobs: str) -> dict[str, Any]:
     """A folder as JSON: its kind and status, how many of its runs ended as what, and the command to type next."""
+    problem = None
     try:
         record = mapping(root / RECORD)
-    except ValueError:
-        record = {}
+        if "status" not in record:
+            raise ValueError(f"{(root / RECORD).uri}: damaged (it has no status)")
+    except ValueError as error:
+        record, problem = {}, f"{error}; its command with --fresh begins anew and keeps what is there"
     status = "running" if holder(root) else str(record.get("status", "damaged"))
     if status in ("new", "running") and not holder(root):
         status = "interrupted"
@@ -42,6 +45,7 @@ def about(root: Location, jobs: str) -> dict[str, Any]:
         "counts": counts if over else {},  # else they are of the attempt before
         "run_id": as_kind(dict, record.get("mlflow"), {}).get("run_id"),
         "next": None if over or status == "running" else _next(root, kind, jobs),
+        "problem": problem,
     }
 
 
@@ -52,6 +56,8 @@ def print_group(told: dict[str, Any], jobs: str) -> None:
     storage = shlex.quote(f"storage_path={told['folder']}/{TRIALS}")
     where = f"python {jobs}/runs.py {storage}"
     print(f"{told['name']}: {what}, {ended}; its trials: {where}")
+    if told["problem"]:
+        print(f"  {told['problem']}")
     if told["next"]:
         print(f"  next: {told['next']}")
     print()

@@ -50,7 +50,9 @@ def test_a_sweep_is_named_and_is_no_damaged_run(storage, capsys):
     (storage / "search" / "sweep.json").write_text("{}")
     (storage / "search" / "events.jsonl").write_text("")
     assert listed().keys() == {"one"}
-    assert "search: a sweep, damaged; its trials: python jobs/runs.py storage_path=" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "search: a sweep, damaged; its trials: python jobs/runs.py storage_path=" in said
+    assert f"  {storage}/search/sweep.json: damaged (it has no status); its command with --fresh begins anew" in said
     assert listed(f"storage_path={storage / 'search' / 'trials'}").keys() == {"t000"}
 
 
