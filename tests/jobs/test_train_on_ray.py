@@ -182,11 +182,12 @@ def test_a_finished_run_trains_more_and_sigterm_gives_a_checkpoint_from_which_th
     arguments = ("name=first", "steps=60")
     run = folder / "runs" / "first"
     command = start(*arguments)
-    command.wait_until(lambda: [e for e in log_of(run, "checkpoint") if e["step"] >= 30])
+    command.wait_until(lambda: len(log_of(run, "attempt")) == 2)
     second = train(folder, *TINY, *arguments)
     assert second.code == 2
     assert f"pid {command.process.pid} on {socket.gethostname()} is working on this run" in second.result["message"]
 
+    command.wait_until(lambda: [e for e in log_of(run, "checkpoint") if e["step"] >= 30])
     asked = time.monotonic()
     command.process.send_signal(signal.SIGTERM)
     ended = command.end()
