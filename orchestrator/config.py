@@ -232,7 +232,7 @@ def model_name(data: str, root: str | None) -> str:
 
 def as_name(stem: str) -> str:
     """A file's name as part of a folder's."""
-    return re.sub(r"[\s/\\]+", "-", stem).lstrip(".")[: LONGEST_NAME // 4]
+    return re.sub(r"[\s/\\]+", "-", stem).lstrip(".")
 
 
 def folder_name(key: str, name: str) -> Iterator[tuple[str, str]]:
