@@ -170,3 +170,8 @@ def _with_whole_writes(uri: str) -> str:
     if not uri.startswith("s3://") or "allow_delayed_open" in uri:
         return uri
     return f"{uri}{'&' if '?' in uri else '?'}allow_delayed_open=true"
+
+
+def existing(path: Path) -> Path:
+    """The folder itself, or the nearest above it that exists."""
+    return next(each for each in (path, *path.parents) if each.exists())

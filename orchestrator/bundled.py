@@ -5,7 +5,6 @@ from __future__ import annotations
 from contextlib import suppress
 from pathlib import Path
 
-from jem.files import Location
 from orchestrator.config import MODEL_CARD, MODELS
 
 
@@ -14,8 +13,8 @@ def bundled_models() -> list[str]:
     return sorted(card.parent.name for card in MODELS.glob(f"*/{MODEL_CARD}"))
 
 
-def place_of(source: str, storage: str | None = None) -> str:
-    """The folder of the bundled model `source`, or of the run of that name in `storage` (none: ./runs).
+def place_of(source: str, storage: str) -> str:
+    """The folder of the bundled model `source`, or of the run of that name in `storage`.
 
     `source` itself where it is neither, or is there as a path.
     """
@@ -23,7 +22,9 @@ def place_of(source: str, storage: str | None = None) -> str:
         return source
     if source in bundled_models():
         return str(MODELS / source)
-    run = f"{(storage or './runs').rstrip('/')}/{source}"
+    from jem.files import Location
+
+    run = f"{storage.rstrip('/')}/{source}"
     with suppress(ValueError, OSError):
         if (Location.of(run) / "run.json").exists():
             return run

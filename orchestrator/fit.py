@@ -17,7 +17,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from jem.errors import ConfigError, JEMError
-from jem.files import Location
+from jem.files import Location, existing
 from orchestrator import fit_node
 from orchestrator.config import RunConfig, load_run_config, shown
 from orchestrator.result import Result
@@ -202,7 +202,7 @@ def _with_probe(config: RunConfig, storage: str, probe: str, here: str) -> Itera
     root = Location.of(storage)
     made = root.is_local and not root.exists()
     if made:
-        above = fit_node.existing(root.local)
+        above = existing(root.local)
         yield Check("storage", here, OK, f"{storage} is not there yet, {above} is looked at instead")
         root, storage = Location.of(above), str(above)
     try:

@@ -14,7 +14,7 @@ from typing import Any
 
 import psutil
 
-from jem.files import Location
+from jem.files import Location, existing
 from orchestrator.facts import code_digest
 
 DRIVER = "driver"
@@ -69,11 +69,6 @@ def use(storage: str, probe: str, me: str) -> dict[str, Any]:
     except Exception as error:  # whatever the filesystem makes of it
         told["error"] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     return told
-
-
-def existing(path: Path) -> Path:
-    """The folder itself, or the nearest above it that exists."""
-    return next(each for each in (path, *path.parents) if each.exists())
 
 
 class Examiner:

@@ -85,9 +85,7 @@ def open_model(source: str, arguments: Sequence[str] = ()) -> Opened:
     if source.startswith(SCHEMES):
         return _of_mlflow(source, changes)
     try:
-        location = Location.of(
-            place_of(source, str(changes["storage_path"].value) if "storage_path" in changes else None)
-        )
+        location = Location.of(place_of(source, _storage(changes)))
     except ValueError as error:
         raise ConfigError([Problem("MODEL", str(error))]) from error
     if (location / checkpoint.MANIFEST).exists():
@@ -138,7 +136,7 @@ def _of_checkpoint(source: str, directory: Location, changes: Mapping[str, Entry
 
 def _of_mlflow(source: str, changes: Mapping[str, Entry]) -> Opened:
     uri = str(changes["tracking.uri"].value) if "tracking.uri" in changes else None
-    storage = str(changes["storage_path"].value) if "storage_path" in changes else "./runs"
+    storage = _storage(changes)
     found = model_folder(source, uri, storage, Path(tempfile.mkdtemp(prefix="jem-model-")))
     return _of_folder(source, found.folder, changes, {"uri": found.uri, "run_id": found.run_id})
 
@@ -222,6 +220,10 @@ def _config(recorded: Mapping[str, Any], changes: Mapping[str, Entry], free: tup
         of_fixed = [told.pop(key, Problem(key, may, changes[key].origin)) for key in fixed]  # unknown ones are told so
         raise ConfigError([*of_fixed, *(problem for key, problem in told.items() if key.startswith(free))])
     return build(RunConfig, entries)
+
+
+def _storage(changes: Mapping[str, Entry]) -> str:
+    return str(changes["storage_path"].value) if "storage_path" in changes else "./runs"
 
 
 def _shape(values: Sequence[int]) -> tuple[int, int, int]:

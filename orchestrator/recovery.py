@@ -14,7 +14,8 @@ from dataclasses import asdict, dataclass
 
 from jem.errors import CheckpointError, DivergedError
 from jem.files import Location
-from orchestrator.config import RunConfig, remedied
+from orchestrator.config import RunConfig
+from orchestrator.remedies import remedied
 
 FILE = "recovery.json"
 

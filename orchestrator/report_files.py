@@ -15,7 +15,7 @@ from typing import Any
 from jem import checkpoint
 from jem.errors import ConfigError, JEMError, Problem
 from jem.evaluate.measured import Measured
-from jem.files import Location
+from jem.files import Location, existing
 from jem.predict import read_card
 from orchestrator.card import model_card
 from orchestrator.config import RunConfig
@@ -89,7 +89,7 @@ def served_of(run_folder: Path | None, digest: str) -> dict[str, Any] | None:
 
 def check_writable(folder: Path) -> None:
     """Raises ConfigError where `folder` cannot be made: before an hour's work and not after it."""
-    there = next(path for path in (folder, *folder.parents) if path.exists())
+    there = existing(folder)
     if not os.access(there, os.W_OK):
         message = f"the report would go to {folder}, and {there} cannot be written by this user; give a folder that can"
         raise ConfigError([Problem("storage_path", message)])

@@ -274,8 +274,10 @@ def _problems(
 
 def _problems_of_out(config: SampleConfig, folder: Path) -> Iterator[Problem]:
     """Nothing but older samples is ever replaced."""
+    from jem.files import existing
+
     said = "command line"
-    there = next(path for path in (folder, *folder.parents) if path.exists())
+    there = existing(folder)
     if config.out is not None and "://" in config.out:
         yield Problem("out", f"is {config.out!r}, must be a folder on this machine", said)
     elif not there.is_dir():

@@ -55,8 +55,7 @@ def index(root: Path, least: int = 2) -> Index:
     if least > 1:  # of outliers all images will do
         _check_names(root, folders, classes)
     if len(classes) < least:
-        needed = "two are" if least == 2 else f"{least} is"
-        raise DataError(f"{folders['train']}: has {len(classes)} class folders, {needed} needed: {LAYOUTS}")
+        raise DataError(f"{folders['train']}: has {len(classes)} class folders, two are needed: {LAYOUTS}")
     for folder in folders.values():
         if _folders(folder) != classes:
             odd = sorted(set(_folders(folder)) ^ set(classes))

@@ -7,7 +7,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from jem.errors import Problem
-from orchestrator.config import REMEDIES, RunConfig
+from orchestrator.config import RunConfig
+from orchestrator.remedies import REMEDIES
 from orchestrator.sweep.axes import valid
 from orchestrator.sweep.space import Space, grid
 

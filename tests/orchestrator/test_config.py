@@ -11,7 +11,8 @@ import yaml
 
 from jem.errors import ConfigError
 from jem.settings import flatten
-from orchestrator.config import LADDER, RunConfig, bundled_recipes, from_flat, load_run_config, remedied, to_yaml
+from orchestrator.config import RunConfig, bundled_recipes, from_flat, load_run_config, to_yaml
+from orchestrator.remedies import LADDER, remedied
 
 SCIENCE = (
     *("seed", "batch_size", "precision", "compile", "init_from"),
@@ -325,6 +326,7 @@ def test_a_ladder_is_checked_against_the_settings_it_will_change():
         ("[sgld.steps*two]", "where 'two' is no number"),
         ("[sgld.steps=0]", "sgld.steps: is 0, must be at least 1"),
         ("[sgld.clamp<=low]", "where 'low' is no number"),
+        ("[sgld.clamp<=]", "where '' is no number"),
         ("[sgld.steps*2=3]", "must be seed, KEY*FACTOR, KEY=VALUE, KEY>=LEAST or KEY<=MOST"),
         ("[objective.p_x_weight=0 objective.p_y_given_x_weight=0]", "nothing would be trained"),
     ):
