@@ -13,7 +13,7 @@ def bundled_models() -> list[str]:
     return sorted(card.parent.name for card in MODELS.glob(f"*/{MODEL_CARD}"))
 
 
-def place_of(source: str, storage: str) -> str:
+def place_of(source: str, storage: str = "./runs") -> str:
     """The folder of the bundled model `source`, or of the run of that name in `storage`.
 
     `source` itself where it is neither, or is there as a path.
