@@ -1,18 +1,21 @@
-"""Score a Parquet data set of any size:  python jobs/score.py MODEL DATA OUT [key=value ...]
+"""Score a data set of any size:  python jobs/score.py MODEL DATA OUT [key=value ...]
 
 python jobs/score.py models:/jem-digits@champion /data/digits ./scores split=test
+python jobs/score.py runs/photos ./new_photos ./scores
 python jobs/score.py runs/digits-0b0f8f3c photos.parquet ./scores column=picture 'keep=[id]'
 python jobs/score.py ./model s3://bucket/images s3://bucket/scores rows_per_unit=100000
 
 MODEL  the folder of a portable model, the name of one that comes with the project (fashion_mnist), a run's folder,
        models:/NAME@ALIAS, models:/NAME/VERSION or runs:/ID
 DATA   what jobs/prepare.py wrote, or any Parquet file or folder of such, as a path or any URI that pyarrow knows;
-       images as tensors or lists of uint8 [c, h, w], or as PNG or JPEG, all of the model's size
+       images as tensors or lists of uint8 [c, h, w], or as PNG or JPEG, all of the model's size;
+       or a folder of image files of any sizes, which are cut to squares and resized as for training
 OUT    a folder or URI: one Parquet file a unit of rows, scores.json when all is done
 
 Columns of the scores: file, row, label, index, probability, probabilities, log_density, in_distribution, and
-true_label where the data have labels. The work is done by Ray Data, on this machine or the cluster at RAY_ADDRESS.
-The same command goes on with the units that are missing. The last line on stdout is one JSON object.
+true_label where the data have labels: a column, or folders of image files that are called as the model's classes.
+The work is done by Ray Data, on this machine or the cluster at RAY_ADDRESS. The same command goes on with the units
+that are missing. The last line on stdout is one JSON object.
 """
 
 from __future__ import annotations

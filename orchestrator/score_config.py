@@ -36,7 +36,11 @@ class ScoreConfig(Settings):
         "the default need not exist; none: there is none",
     )
     keep: tuple[str, ...] = setting((), doc="more columns to be written beside the scores, such as [id, path]")
-    rows_per_unit: int = setting(50_000, ge=1, doc="rows a file of scores; what is lost at most when stopped, a worker")
+    rows_per_unit: int = setting(
+        50_000,
+        ge=1,
+        doc="rows a file of scores; what is lost at most when stopped, a worker; of image files at most 1,000",
+    )
     workers: int | None = setting(None, ge=1, doc="at most so many; none: one a GPU, or one a CPU where there is none")
     device: str = setting("auto", choices=("auto", "cpu", "cuda"), doc="auto: GPUs where there are any")
     storage_path: str = setting("./runs", doc="folder of all runs, for MLflow's SQLite file in it")

@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -17,6 +17,7 @@ from jem.data.rows import UNREADABLE
 from jem.errors import DataError
 from jem.files import Location
 from jem.predict import BATCH, Card, Predictions, Predictor
+from orchestrator import score_folder
 from orchestrator.score_files import KEY, Totals
 from orchestrator.score_images import to_pixels
 from orchestrator.score_units import Columns, Unit, is_text, open_parquet
@@ -34,29 +35,55 @@ class Work:
     columns: Columns
     same_classes: bool  # labels that are numbers mean the model's classes
     identity: dict[str, Any]
+    images: tuple[str, ...] = ()  # the image files, where these are the data
+
+
+class Part(NamedTuple):
+    """What is read and scored at once."""
+
+    images: np.ndarray  # uint8 [n, c, h, w]
+    file: Any  # where each image is from, of text, and
+    row: np.ndarray  # there; 0 of an image file
+    labels: Any  # the column of right classes, of text or int64; None if there is none
+    kept: Any  # a table of the columns to be written as they are
 
 
 def score_unit(predictor: Predictor, work: Work, unit: Unit) -> None:
     """Read, score, write. Raises DataError that names file and row of an image that cannot be scored."""
-    card, totals, row = predictor.card, Totals(), unit.start
+    card, totals = predictor.card, Totals()
     size = BATCH * min(CHUNK_BATCHES, max(1, CHUNK_BYTES // (BATCH * math.prod(card.image_shape))))
     sink = pa.BufferOutputStream()
     writer = None
-    for chunk in chunks_of(work.root, unit, work.columns, size):
-        images = _pixels(chunk, work, unit, card, row)
-        predictions = predictor(images.transpose(0, 2, 3, 1) if card.layout == "NHWC" else images)
-        labels = _labels(chunk, work.columns)
-        totals.add(predictions, _truth(labels, card.classes, work.same_classes), len(card.classes))
-        table = _table(predictions, unit, row, labels, chunk.select(list(work.columns.keep)))
+    for part in (_image_files if work.images else _rows)(work, unit, card, size):
+        predictions = predictor(part.images.transpose(0, 2, 3, 1) if card.layout == "NHWC" else part.images)
+        totals.add(predictions, _truth(part.labels, card.classes, work.same_classes), len(card.classes))
+        table = _table(predictions, part)
         if writer is None:
             writer = pq.ParquetWriter(sink, table.schema, compression="zstd", write_page_checksum=True)
         writer.write_table(table)
-        row += chunk.num_rows
     assert writer is not None, "a unit is never empty"
     content = work.identity | {"unit": asdict(unit), "totals": asdict(totals)}
     writer.add_key_value_metadata({KEY: json.dumps(content).encode()})
     writer.close()
     (work.out / unit.name).write(sink.getvalue())
+
+
+def _rows(work: Work, unit: Unit, card: Card, size: int) -> Iterator[Part]:
+    row = unit.start
+    for chunk in chunks_of(work.root, unit, work.columns, size):
+        images, n = _pixels(chunk, work, unit, card, row), chunk.num_rows
+        kept = chunk.select(list(work.columns.keep))
+        file = pa.array([unit.file] * n, pa.string())
+        yield Part(images, file, np.arange(row, row + n), _labels(chunk, work.columns), kept)
+        row += n
+
+
+def _image_files(work: Work, unit: Unit, card: Card, size: int) -> Iterator[Part]:
+    for start in range(unit.start, unit.start + unit.rows, size):
+        names = work.images[start : min(start + size, unit.start + unit.rows)]
+        images = score_folder.read(work.root, names, card.image_shape)
+        labels = score_folder.labels_of(names, card.classes) if work.columns.label else None
+        yield Part(images, pa.array(names, pa.string()), np.zeros(len(names), np.int64), labels, pa.table({}))
 
 
 def chunks_of(root: Location, unit: Unit, columns: Columns, size: int) -> Iterator[Any]:
@@ -125,20 +152,20 @@ def _truth(labels: Any, classes: tuple[str, ...], same_classes: bool) -> np.ndar
         return None
     if is_text(labels.type):
         labels = pc.index_in(labels.cast(pa.string()), pa.array(classes, pa.string())).cast(pa.int64())
-    return np.asarray(pc.fill_null(labels, -1).combine_chunks().to_numpy(zero_copy_only=False))
+    return np.asarray(pc.fill_null(labels, -1).to_numpy())
 
 
 def _plain(column: Any) -> Any:
     return column.cast(column.type.value_type) if pa.types.is_dictionary(column.type) else column
 
 
-def _table(p: Predictions, unit: Unit, row: int, labels: Any, kept: Any) -> Any:
+def _table(p: Predictions, part: Part) -> Any:
     n, classes = p.probabilities.shape
     offsets = np.arange(0, (n + 1) * classes, classes, dtype=np.int32)
     flat = pa.array(p.probabilities.astype(np.float32).reshape(-1))
     columns: dict[str, Any] = {
-        "file": pa.array([unit.file] * n, pa.string()),
-        "row": pa.array(np.arange(row, row + n)),
+        "file": part.file,
+        "row": pa.array(part.row),
         "label": pa.array(p.label, pa.string()),
         "index": pa.array(p.index.astype(np.int32)),
         "probability": pa.array(p.probability),
@@ -146,6 +173,6 @@ def _table(p: Predictions, unit: Unit, row: int, labels: Any, kept: Any) -> Any:
         "log_density": pa.array(p.log_density),
         "in_distribution": pa.array(p.in_distribution),
     }
-    if labels is not None:
-        columns["true_label"] = labels
-    return pa.table(columns | {name: _plain(kept.column(name)) for name in kept.column_names})
+    if part.labels is not None:
+        columns["true_label"] = part.labels
+    return pa.table(columns | {name: _plain(part.kept.column(name)) for name in part.kept.column_names})

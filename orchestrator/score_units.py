@@ -1,4 +1,5 @@
-"""Units of scoring: at most `rows_per_unit` rows of one Parquet file in, one file of scores out. Knows no Ray.
+"""Units of scoring: at most `rows_per_unit` rows of one Parquet file, or so many image files, in, one file of scores
+out. Knows no Ray.
 
 Where units begin and end depends on the data and on `rows_per_unit` alone, and a unit's images are scored in fixed
 batches counted from its first row: the scores are the same whoever computes them, however many there are.
@@ -24,6 +25,8 @@ from jem.data.manifest import Manifest
 from jem.data.rows import UNREADABLE
 from jem.errors import ConfigError, DataError, Problem
 from jem.files import Location
+from orchestrator import score_folder
+from orchestrator.score_folder import Images
 from orchestrator.score_images import expected, problem_of
 
 READERS = 16
@@ -34,13 +37,16 @@ SAMPLES, SAMPLE_BYTES = 4, 2**16
 
 @dataclass(frozen=True)
 class Unit:
-    """Rows of one file: `rows` of them from `start` on, which are in the row groups `first` to `stop` - 1."""
+    """Rows of one file: `rows` of them from `start` on, which are in the row groups `first` to `stop` - 1.
+
+    Or `rows` image files from the `start`-th of a folder on, of which `file` is the first.
+    """
 
     number: int  # from 0
     count: int  # of all units
     file: str  # relative to the data
-    bytes: int  # of that file
-    sample: str  # sha256 of its Parquet footer and of samples of its bytes
+    bytes: int  # of that file, or of all image files
+    sample: str  # sha256 of its Parquet footer and of samples of its bytes; of the image files' names, sizes and times
     first: int
     stop: int
     skip: int  # rows of the row group `first` that belong to the units before
@@ -85,6 +91,7 @@ class Plan:
     columns: Columns
     classes: tuple[str, ...] | None  # of the data, where they say so
     data: dict[str, Any]  # what tells these data from others: digest, files, rows, bytes
+    images: tuple[str, ...] = ()  # the image files, where these are the data
 
     @property
     def rows(self) -> int:
@@ -92,12 +99,22 @@ class Plan:
 
 
 def make_plan(
-    data: Location, split: str | None, columns: Columns, rows_per_unit: int, shape: tuple[int, int, int]
+    data: Location,
+    split: str | None,
+    columns: Columns,
+    rows_per_unit: int,
+    shape: tuple[int, int, int],
+    classes: Sequence[str] = (),
 ) -> Plan:
-    """Look at all footers and cut units. Raises DataError for files that cannot be scored, before any is read."""
-    root, names, manifest = _files(data, split)
+    """Look at all footers and cut units. Raises DataError for files that cannot be scored, before any is read.
+
+    classes: the model's, for the folders of image files.
+    """
+    root, found, manifest = _files(data, split)
+    if isinstance(found, Images):
+        return _plan_images(root, found, columns, rows_per_unit, shape, classes)
     with ThreadPoolExecutor(READERS) as pool:
-        inputs = list(pool.map(lambda name: _inspect(root, name), names))
+        inputs = list(pool.map(lambda name: _inspect(root, name), found))
     if columns.label == "label" and "label" not in inputs[0].schema.names:
         columns = dataclasses.replace(columns, label=None)
     for one in inputs:
@@ -105,12 +122,34 @@ def make_plan(
     cuts = [cut for one in inputs for cut in _cut(one, rows_per_unit)]
     if not cuts:
         raise DataError(f"{data.uri}: holds no rows")
-    units = tuple(Unit(number, len(cuts), *cut) for number, cut in enumerate(cuts))
-    classes = manifest.classes if manifest else None
-    listed = json.dumps([classes, manifest and manifest.digest, *(one[:4] for one in inputs)])
-    known = {"digest": hashlib.sha256(listed.encode()).hexdigest(), "files": len(inputs)}
-    known |= {"rows": sum(unit.rows for unit in units), "bytes": sum(one.bytes for one in inputs)}
-    return Plan(root, units, columns, classes, known)
+    listed = json.dumps([manifest and manifest.classes, manifest and manifest.digest, *(one[:4] for one in inputs)])
+    known = _known(listed, len(inputs), sum(one.bytes for one in inputs), cuts)
+    return Plan(root, _numbered(cuts), columns, manifest.classes if manifest else None, known)
+
+
+def _plan_images(
+    root: Location,
+    images: Images,
+    columns: Columns,
+    rows_per_unit: int,
+    shape: tuple[int, int, int],
+    classes: Sequence[str],
+) -> Plan:
+    score_folder.check(root, columns.image, columns.keep, columns.label, shape)
+    if not any(score_folder.class_of(name, classes) for name in images.names):
+        columns = dataclasses.replace(columns, label=None)
+    cuts = list(score_folder.cuts(images, rows_per_unit))
+    known = _known(json.dumps([cut[2] for cut in cuts]), len(images.names), sum(cut[1] for cut in cuts), cuts)
+    return Plan(root, _numbered(cuts), columns, None, known, images.names)
+
+
+def _numbered(cuts: Sequence[tuple[Any, ...]]) -> tuple[Unit, ...]:
+    return tuple(Unit(number, len(cuts), *cut) for number, cut in enumerate(cuts))
+
+
+def _known(listed: str, files: int, size: int, cuts: Sequence[tuple[Any, ...]]) -> dict[str, Any]:
+    digest = hashlib.sha256(listed.encode()).hexdigest()
+    return {"digest": digest, "files": files, "rows": sum(cut[-1] for cut in cuts), "bytes": size}
 
 
 def open_parquet(file: Location) -> Any:
@@ -118,8 +157,8 @@ def open_parquet(file: Location) -> Any:
     return pq.ParquetFile(file.path, filesystem=file.fs, buffer_size=2**22, page_checksum_verification=True)
 
 
-def _files(data: Location, split: str | None) -> tuple[Location, Sequence[str], Manifest | None]:
-    """(What names are relative to, the files' names, the manifest of a data set of ours)."""
+def _files(data: Location, split: str | None) -> tuple[Location, Sequence[str] | Images, Manifest | None]:
+    """(What names are relative to, the Parquet files' names or the image files, the manifest of a data set of ours)."""
     if not data.exists():
         raise ConfigError([Problem("DATA", f"{data.uri} does not exist")])
     if data.is_dir() and (data / manifests.NAME).exists():
@@ -129,14 +168,17 @@ def _files(data: Location, split: str | None) -> tuple[Location, Sequence[str], 
     if split:
         raise ConfigError([Problem("split", f"is {split!r}, but {data.uri} has no {manifests.NAME} that knows splits")])
     if not data.is_dir():
-        return data.parent, [data.name], None
+        image = score_folder.look([data.fs.get_file_info(data.path)], data.parent)
+        return data.parent, image or [data.name], None
     found = data.fs.get_file_info(pafs.FileSelector(data.path, recursive=True))
     names = [info.path[len(data.path.rstrip("/")) + 1 :] for info in found if info.type == pafs.FileType.File]
     chosen = [n for n in names if n.endswith(".parquet") and not any(p.startswith((".", "_")) for p in n.split("/"))]
-    if not chosen:
-        remedy = "a folder of images, one sub-folder a class, is made one by jobs/prepare.py"
-        raise DataError(f"{data.uri}: holds neither {manifests.NAME} nor any *.parquet; {remedy}")
-    return data, sorted(chosen), None
+    if chosen:
+        return data, sorted(chosen), None
+    images = score_folder.look(found, data)
+    if not images:
+        raise DataError(f"{data.uri}: holds neither {manifests.NAME} nor any *.parquet, and no image file")
+    return data, images, None
 
 
 def _inspect(root: Location, name: str) -> Input:

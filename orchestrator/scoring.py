@@ -1,4 +1,4 @@
-"""Scores of a Parquet data set of any size, as Parquet: what jobs/score.py does. Torch is imported once needed."""
+"""Scores of a data set of any size, as Parquet: what jobs/score.py does. Torch is imported once needed."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def _score(config: ScoreConfig, folder: Path, card: Card, source: Location, targ
     from orchestrator.score_units import Columns, make_plan
 
     columns = Columns(config.column, config.label, config.keep)
-    plan = make_plan(source, config.split, columns, config.rows_per_unit, card.image_shape)
+    plan = make_plan(source, config.split, columns, config.rows_per_unit, card.image_shape, card.classes)
     same = identity(plan, card, config.rows_per_unit)
     content = finished(target, same)
     if content is None:
@@ -136,7 +136,7 @@ def _score_rest(
     for file in filter(is_leftover, target.children()):
         file.remove()
     target.mkdir()
-    work = Work(plan.root, target, plan.columns, plan.classes in (None, classes), same)
+    work = Work(plan.root, target, plan.columns, plan.classes in (None, classes), same, plan.images)
     missing = [unit for unit in plan.units if unit.number not in there]
     if there:
         stream.write(f"going on: {len(there)} of {len(plan.units)} units are scored already\n")
@@ -208,7 +208,7 @@ def _progress(rows: int, units: int, stream: TextIO) -> Iterator[Callable[[int],
         seen.append((time.monotonic(), n + (seen[-1][1] if seen else 0)))
         (first, before), (now, so_far) = seen[0], seen[-1]
         if now - told >= LINE_EVERY_S or len(seen) == units:
-            rate = f"  {(so_far - before) / (now - first):,.0f} rows/s" if now > first else ""  # without Ray's start
+            rate = f"  {(so_far - before) / (now - first):,.0f} rows/s" if now > first + 1 else ""  # without Ray's start
             stream.write(f"{so_far:,} of {rows:,} rows, {len(seen)} of {units} units{rate}\n")
             stream.flush()
             told = now

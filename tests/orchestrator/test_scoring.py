@@ -14,10 +14,12 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from pyarrow import fs as pafs
 from worker_runs import fit, newest
 
 from jem.config import DataConfig, JEMConfig, ModelConfig
 from jem.data import parquet
+from jem.data.folder import decode
 from jem.data.rows import write_rows
 from jem.data.sources import load
 from jem.errors import CheckpointError, ConfigError, DataError, JEMError
@@ -553,7 +555,7 @@ def test_data_that_are_no_parquet_or_have_no_such_column_are_refused_before_any_
     with pytest.raises(ConfigError, match=r"DATA: .*nowhere does not exist"):
         score(model, tmp_path / "nowhere", out)
     (tmp_path / "d").mkdir()
-    with pytest.raises(DataError, match=r"holds neither manifest.json nor any \*.parquet"):
+    with pytest.raises(DataError, match=r"holds neither manifest.json nor any \*.parquet, and no image file"):
         score(model, tmp_path / "d", out)
     write_data(tmp_path / "d" / "a.parquet", pictures(4))
     with pytest.raises(ConfigError, match=r"column: is 'img', but .*a.parquet has the columns image"):
@@ -569,6 +571,96 @@ def test_data_that_are_no_parquet_or_have_no_such_column_are_refused_before_any_
     with pytest.raises(DataError, match=r"b.parquet: is no readable Parquet file"):
         score(model, tmp_path / "d", out)
     assert not out.exists()
+
+
+# a folder of image files
+
+
+def photo(path, image):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(image).save(path)
+
+
+@pytest.fixture(scope="module")
+def square_model(tmp_path_factory):
+    return make_model(tmp_path_factory.mktemp("square"), (3, 8, 8))
+
+
+def photos(root, names):
+    """Of several sizes; returns what a model of 8 x 8 pixels is to see, as the training data of such a folder are."""
+    generator = np.random.default_rng(0)
+    for i, name in enumerate(names):
+        photo(root / name, generator.integers(0, 256, (10 + i, 14 - i, 3), dtype=np.uint8))
+    return decode([root / name for name in sorted(names)], 8, 3).numpy()
+
+
+def test_a_folder_of_photographs_is_scored_as_one_was_learnt(tmp_path, square_model, scored_units):
+    names = ["b/_MG_1.png", "b/deep/2.JPG", "a.webp", "ä b.png"]
+    images = photos(tmp_path / "photos", names)
+    (tmp_path / "photos" / ".hidden.png").write_text("not looked at")
+    (tmp_path / "photos" / "notes.txt").write_text("nor is this")
+    result = score(square_model, tmp_path / "photos", tmp_path / "out", "rows_per_unit=3")
+    table, expected = scores(tmp_path / "out"), Predictor.load(square_model)(images.transpose(0, 2, 3, 1))
+    assert table["file"].to_pylist() == sorted(names)
+    assert table["row"].to_pylist() == [0] * 4
+    np.testing.assert_allclose(table["log_density"].to_numpy(), expected.log_density, rtol=1e-6)
+    assert table["label"].to_pylist() == list(expected.label)
+    assert "true_label" not in table.column_names
+    assert "accuracy" not in result.metrics
+    assert (result.message, result.rows, scored_units) == ("", 4, [0, 1])
+
+    (tmp_path / "link").symlink_to(tmp_path / "photos", target_is_directory=True)
+    score(square_model, tmp_path / "link", tmp_path / "again", "rows_per_unit=3")
+    assert scores(tmp_path / "again").equals(table)
+    score(square_model, tmp_path / "photos" / "a.webp", tmp_path / "one")
+    assert scores(tmp_path / "one")["file"].to_pylist() == ["a.webp"]
+    np.testing.assert_allclose(scores(tmp_path / "one")["log_density"][0].as_py(), expected.log_density[0], rtol=1e-5)
+
+
+def test_folders_that_are_called_as_classes_say_what_their_images_are(tmp_path, square_model, scored_units):
+    images = photos(tmp_path / "photos", ["test/ant/x/0.png", "test/dog/1.png", "test/emu/2.png", "train/cat/3.png"])
+    index = Predictor.load(square_model)(images.transpose(0, 2, 3, 1)).index
+    result = score(square_model, tmp_path / "photos", tmp_path / "out")
+    assert scores(tmp_path / "out")["true_label"].to_pylist() == ["ant", "dog", None, "cat"]
+    assert result.metrics["accuracy"] == np.mean(index[[0, 1, 3]] == [2, 1, 0])
+    assert result.message == "1 of 4 labels are none of the model's classes, and count for no accuracy"
+    score(square_model, tmp_path / "photos", tmp_path / "bare", "label=none")
+    assert "true_label" not in scores(tmp_path / "bare").column_names
+
+
+def test_image_files_that_cannot_be_scored_are_named_and_the_rest_goes_on(tmp_path, square_model, scored_units):
+    root, out = tmp_path / "photos", tmp_path / "out"
+    photos(root, ["0.png", "1.png", "2.png"])
+    whole = (root / "1.png").read_bytes()
+    (root / "1.png").write_bytes(whole[:60])
+    with pytest.raises(DataError, match=r"photos/1.png: is not a readable image: .*; replace or delete the file"):
+        score(square_model, root, out, "rows_per_unit=1")
+    assert scored_units == [0]
+    (root / "1.png").write_bytes(whole)
+    assert score(square_model, root, out, "rows_per_unit=1").rows == 3
+    assert scored_units == [0, 1, 2]
+    photo(root / "2.png", np.zeros((9, 9, 3), np.uint8))
+    with pytest.raises(ConfigError, match=r"OUT: .* holds scores of other data"):
+        score(square_model, root, out, "rows_per_unit=1")
+    (root / "3.heic").write_bytes(b"")
+    with pytest.raises(DataError, match=r"3.heic: is one of 1 images that are not read; convert"):
+        score(square_model, root, tmp_path / "new")
+
+
+def test_what_makes_no_sense_for_image_files_is_refused_at_once(tmp_path, model, square_model, scored_units):
+    photos(tmp_path / "photos", ["0.png"])
+    with pytest.raises(ConfigError) as caught:
+        score(square_model, tmp_path / "photos", tmp_path / "out", "column=picture", "label=y", "keep=[id]")
+    for key, value in (("column", "'picture'"), ("label", "'y'"), ("keep", r"['id']")):
+        assert f"{key}: is {value}, but {tmp_path / 'photos'} holds image files, no columns" in str(caught.value)
+    with pytest.raises(ConfigError, match=r"but the model takes 3 channels of 4 x 6; give Parquet"):
+        score(model, tmp_path / "photos", tmp_path / "out")
+    store = Location(pafs._MockFileSystem(), "photos", "mock")
+    store.mkdir()
+    (store / "0.png").write(b"")
+    with pytest.raises(ConfigError, match=r"image files must lie on a disk, not at mock:"):
+        make_plan(store, None, Columns("image", "label", ()), 5, (3, 8, 8))
+    assert not (tmp_path / "out").exists()
 
 
 def test_mistakes_in_settings_are_named_together():
