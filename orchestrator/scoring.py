@@ -208,7 +208,8 @@ def _progress(rows: int, units: int, stream: TextIO) -> Iterator[Callable[[int],
         seen.append((time.monotonic(), n + (seen[-1][1] if seen else 0)))
         (first, before), (now, so_far) = seen[0], seen[-1]
         if now - told >= LINE_EVERY_S or len(seen) == units:
-            rate = f"  {(so_far - before) / (now - first):,.0f} rows/s" if now > first + 1 else ""  # without Ray's start
+            lasting = now > first + 1  # the first unit's end on: without Ray's start
+            rate = f"  {(so_far - before) / (now - first):,.0f} rows/s" if lasting else ""
             stream.write(f"{so_far:,} of {rows:,} rows, {len(seen)} of {units} units{rate}\n")
             stream.flush()
             told = now
