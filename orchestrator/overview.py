@@ -14,7 +14,7 @@ from orchestrator import details
 from orchestrator.advice import Advice, advise, sync_command
 from orchestrator.details import Checkpoint
 from orchestrator.result import Result
-from orchestrator.survey import Run, choose, find, look
+from orchestrator.survey import SCORES, Run, choose, find, look
 from orchestrator.sweep.folders import TRIALS, about, is_group, print_group
 
 LINES = 3
@@ -86,6 +86,7 @@ def facts(run: Run, advice: Advice) -> dict[str, Any]:
         "status": run.status,
         "step": run.step,
         "steps": run.steps,
+        "scores": run.scores,
         "attempts": len(run.attempts),
         "rollbacks": len(run.rollbacks),
         "remedies": run.remedies,
@@ -115,8 +116,8 @@ def _print_all(storage: Location, told: list[Told], jobs: str, now: float) -> No
         print(f"no runs in {storage.uri}; the first one: python {jobs}/train.py digits")
         return
     rows = [_row(one.run, now) for one in told]
-    head = ("run", "status", "step", "attempts", "disk", "begun", "last sign", "rollbacks")
-    print(table(head, rows, ("step", "attempts", "disk")))
+    head = ("run", "status", "step", *SCORES, "attempts", "disk", "begun", "last sign", "rollbacks")
+    print(table(head, rows, ("step", *SCORES, "attempts", "disk")))
     for one in told:
         if one.advice.problem or one.advice.next:
             print(f"\n{one.run.name}: {_shortened(one.advice.problem or one.run.status)}")
@@ -126,7 +127,8 @@ def _print_all(storage: Location, told: list[Told], jobs: str, now: float) -> No
 
 
 def _row(run: Run, now: float) -> tuple[str, ...]:
-    reached = (run.name, run.status, _steps(run), str(len(run.attempts)))
+    scores = [f"{run.scores[key]:.3f}" if key in run.scores else "-" for key in SCORES]
+    reached = (run.name, run.status, _steps(run), *scores, str(len(run.attempts)))
     return (*reached, _size(run.bytes), _when(run.begun), _ago(run.seen, now), _rollbacks(run))
 
 

@@ -9,7 +9,7 @@ import fcntl
 import json
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,7 +28,10 @@ D = TypeVar("D")
 MARKS = ("run.json", "recipe.yaml", "events.jsonl", "checkpoints")
 """A folder that holds one of them is a run's."""
 
-_TAIL = 256 * 1024  # bytes at the end of the log in which the newest step is looked for
+_TAIL = 256 * 1024  # bytes at the end of the log in which the newest step and scores are looked for
+
+SCORES = ("val/accuracy", "val/nll")
+"""By which runs are compared at a glance."""
 
 
 @dataclass
@@ -42,6 +45,7 @@ class Run:
     faults: list[str] = field(default_factory=list)  # what should be there and cannot be read
     holder: str | None = None  # who is working on it
     step: int | None = None
+    scores: dict[str, float] = field(default_factory=dict)  # the newest of each of SCORES
     seen: float | None = None  # when it last gave a sign, in seconds since the epoch
     bytes: int | None = None
     log_path: Path | None = None  # of events.jsonl, where it is on this machine
@@ -117,7 +121,9 @@ def look(root: Location) -> Run:
         run.rollbacks = [entry for entry in as_kind(list, found, []) if isinstance(entry, dict)]
         run.log_path = log_of(root)
         run.bytes = bytes_below(root)
-        newest = newest_event(run.log_path)
+        told = _end_of(run.log_path)
+        newest = newest_event(told)
+        run.scores = _scores([run.result, *told])
         run.step = _newest_step(run, newest)
         run.seen = newest["time"] / 1000 if newest else _modified(root / "run.json")
     except (OSError, ValueError) as error:
@@ -149,13 +155,9 @@ def log_of(root: Location) -> Path:
     return runs.spool_of(root) / "events.jsonl"
 
 
-def newest_event(path: Path) -> Event | None:
-    """The last event that has a step, or else the last one; only the end of the log is read."""
-    try:
-        size = path.stat().st_size
-    except OSError:
-        return None
-    found = [e for e in events.read(path, max(0, size - _TAIL))[0] if e["kind"] != "damaged"]
+def newest_event(told: list[Event]) -> Event | None:
+    """The last event that has a step, or else the last one."""
+    found = [event for event in told if event["kind"] != "damaged"]
     with_step = [event for event in found if isinstance(event.get("step"), int)]
     if not found:
         return None
@@ -241,6 +243,22 @@ def _mapping_or_none(path: Location) -> dict[str, Any]:
         return mapping(path)
     except ValueError:
         return {}
+
+
+def _end_of(path: Path) -> list[Event]:
+    """The last events of a log, of which only the end is read."""
+    try:
+        return events.read(path, max(0, path.stat().st_size - _TAIL))[0]
+    except OSError:
+        return []
+
+
+def _scores(told: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for one in told:
+        metrics = as_kind(dict, one.get("metrics"), {})
+        found |= {key: metrics[key] for key in SCORES if isinstance(metrics.get(key), int | float)}
+    return found
 
 
 def _newest_step(run: Run, newest: Event | None) -> int | None:

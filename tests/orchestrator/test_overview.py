@@ -21,7 +21,7 @@ from orchestrator.config import load_run_config
 from orchestrator.events import EventLog
 from orchestrator.overview import overview
 from orchestrator.runs import lock
-from orchestrator.survey import holder, look, newest_event
+from orchestrator.survey import holder, look
 
 
 @pytest.fixture
@@ -65,12 +65,32 @@ def test_the_table_has_a_row_a_run_newest_first(storage, capsys):
     assert [entry["name"] for entry in result.runs] == ["new", "wild", "old"]
     assert (result.status, result.exit_code) == ("listed", 0)
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split() == ["run", "status", "step", "attempts", "disk", "begun", "last", "sign", "rollbacks"]
+    head = "run status step val/accuracy val/nll attempts disk begun last sign rollbacks"
+    assert lines[0].split() == head.split()
     assert lines[2].startswith("wild  diverged  20/100")
     assert lines[2].endswith("2: seed, sgld.steps*2")
     assert "new: stopped on request at step 20, with a checkpoint" in lines
     assert "  next: python jobs/train.py runs/new/recipe.yaml" in lines
     assert not any(line.startswith("old:") for line in lines), "nothing is wrong with it"
+
+
+def test_the_newest_scores_are_in_the_row_wherever_they_are_known_from(storage, capsys):
+    running = made(storage, "running", "running")
+    log = EventLog(running.local / "events.jsonl")
+    for step, accuracy in ((30, 0.5), (40, 0.75)):
+        log.append("metrics", step=step, metrics={"val/accuracy": accuracy, "val/nll": math.nan})
+    log.close()
+    elsewhere = made(storage, "elsewhere", age=60, log=False)  # its log stayed on another machine
+    record = json.loads((elsewhere.local / "run.json").read_text())
+    record["result"]["metrics"] = {"val/accuracy": 0.875, "val/nll": 0.25, "test/accuracy": 0.5}
+    (elsewhere.local / "run.json").write_text(json.dumps(record))
+    made(storage, "none", age=120)
+    entries = listed()
+    assert entries["running"]["scores"]["val/accuracy"] == 0.75
+    assert entries["elsewhere"]["scores"] == {"val/accuracy": 0.875, "val/nll": 0.25}
+    assert entries["none"]["scores"] == {}
+    rows = [line.split()[2:5] for line in capsys.readouterr().out.splitlines()[1:4]]
+    assert rows == [["40/100", "0.750", "nan"], ["20/100", "0.875", "0.250"], ["20/100", "-", "-"]]
 
 
 def test_a_storage_without_runs_and_one_that_is_not_there(storage, capsys):
@@ -213,7 +233,6 @@ def test_a_log_that_is_being_written_and_partly_damaged_is_read(storage, capsys)
     root = made(storage, "tiny", "running", step=30)
     with (root.local / "events.jsonl").open("ab") as file:
         file.write(b"\x00\x00 torn\n" + b'{"kind": "metrics", "st')
-    assert newest_event(root.local / "events.jsonl")["step"] == 30
     assert listed("tiny")["tiny"]["step"] == 30
     assert "1 lines of" in capsys.readouterr().out
 
