@@ -3,7 +3,8 @@
 Pairs of `python jobs/train.py RECIPE workers=1`, with tracking, health and checkpoints at their default intervals, and
 of the bare loop of jem/ on the same work: the same steps, and the same validation at the same steps. Start-up is left
 out: what counts is the time from step 100 to the last. One worker of one thread, as Ray's own processes share the
-cores: on two cores they have the other one. `--threads 2`: they have none.
+cores: on two cores they have the other one. `--threads 2`: they have none. `--add`: the pairs that --out has
+count, too, as each is a ratio in itself, so that a machine need not be idle for an hour at a time.
 """
 
 from __future__ import annotations
@@ -83,6 +84,7 @@ def main() -> int:
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--bare", action="store_true", help="the bare loop alone, in this process")
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--add", action="store_true", help="to the pairs that --out has, of this hardware and recipe")
     parser.add_argument("settings", nargs="*", metavar="key=value")
     arguments = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = str(arguments.threads)  # of the processes that are started
@@ -102,18 +104,21 @@ def main() -> int:
                 found[kind] = json.loads(done.stdout.splitlines()[-1])
         rows.append(found | {"ratio": found["orchestrated"]["seconds"] / found["bare"]["seconds"]})
         print(json.dumps(rows[-1]), flush=True)
-    ratios = [row["ratio"] for row in rows]
+    same = {"hardware": machine(), "recipe": arguments.recipe, "threads": arguments.threads}
+    before = json.loads(arguments.out.read_text()) if arguments.add else same | {"ratios": []}
+    if any(before[key] != same[key] for key in same):
+        raise SystemExit(f"{arguments.out} is of another recipe or hardware, or of other threads; leave out --add")
+    ratios = [*before["ratios"], *(round(row["ratio"], 4) for row in rows)]
     result = {
         "command": " ".join(["python benchmarks/orchestration.py", *sys.argv[1:]]),
-        "hardware": machine(),
+        **same,
         "ratio": round(statistics.median(ratios), 4),
         "range": [round(min(ratios), 4), round(max(ratios), 4)],
         "bare_s": round(statistics.median(row["bare"]["seconds"] for row in rows), 1),
         "orchestrated_s": round(statistics.median(row["orchestrated"]["seconds"] for row in rows), 1),
         "outside_s": round(statistics.median(row["orchestrated"]["outside"] for row in rows), 1),
         "checkpoints": rows[0]["orchestrated"]["checkpoints"],
-        "pairs": len(rows),
-        "threads": arguments.threads,
+        "ratios": ratios,
     }
     print(json.dumps(result, indent=1))
     save(result, arguments.out)

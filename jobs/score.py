@@ -13,7 +13,7 @@ DATA   what jobs/prepare.py wrote, or any Parquet file or folder of such, as a p
 OUT    a folder or URI: one Parquet file a unit of rows, scores.json when all is done
 
 Columns of the scores: file, row, label, index, probability, probabilities, log_density, in_distribution, and
-true_label where the data have labels: a column, or folders of image files that are called as the model's classes.
+true_label where the data have labels: a column, or a folder of image files laid out as for training.
 The work is done by Ray Data, on this machine or the cluster at RAY_ADDRESS. The same command goes on with the units
 that are missing. The last line on stdout is one JSON object.
 """

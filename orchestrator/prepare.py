@@ -37,6 +37,8 @@ def prepare_or_verify(source: str | None, out: str, changes: Sequence[str], say:
             manifest = verify(location, say)
         else:
             config = data_config(source, changes)
+            if config.name == "imagefolder" and location.is_local and _within(location.local, Path(config.root or ".")):
+                raise ConfigError([Problem("OUT", f"{out} is inside SOURCE, where it would be taken for data")])
             with lock(location, tidy=True):  # of two at once the second would find an empty folder, too
                 manifest = prepare(config, location, say)
     except OSError as error:  # a full disk, a store that refuses: for the user to mend
@@ -81,6 +83,8 @@ def data_config(source: str, changes: Sequence[str]) -> DataConfig:
         problems.append(Problem("SOURCE", f"{source}: {what}; {names}"))
         del entries["name"]
     if source not in DATA_SOURCES and Path(source).is_dir():
+        if "root" in entries:
+            problems.append(Problem("root", f"is given, but SOURCE is the folder {source} itself; leave one out"))
         entries |= {"name": Entry("imagefolder"), "root": Entry(source, "SOURCE", source)}
     try:
         config = build(DataConfig, entries)
@@ -105,6 +109,10 @@ def metrics(manifest: Manifest) -> dict[str, float]:
     files = [file for part in manifest.splits.values() for file in part.files]
     counts = {f"{name}_images": part.rows for name, part in manifest.splits.items()}
     return {**counts, "classes": len(manifest.classes), "files": len(files), "bytes": sum(file.bytes for file in files)}
+
+
+def _within(path: Path, folder: Path) -> bool:
+    return path.resolve().is_relative_to(folder.expanduser().resolve())
 
 
 def _location(out: str) -> Location:

@@ -32,8 +32,9 @@ class ScoreConfig(Settings):
     column: str = setting("image", doc="of the images")
     label: str | None = setting(
         "label",
-        doc="column of the right classes (a class's number or name), for the accuracy and written as true_label; "
-        "the default need not exist; none: there is none",
+        doc="column of the right classes (a class's number or name), for the accuracy and written as true_label, by "
+        "name where a data set of jobs/prepare.py has other classes than the model; the default need not exist; "
+        "none: there is none",
     )
     keep: tuple[str, ...] = setting((), doc="more columns to be written beside the scores, such as [id, path]")
     rows_per_unit: int = setting(

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from jem.data.image_files import wide
 from jem.data.upright import orientation, upright
 from jem.errors import DataError
 
@@ -112,10 +113,14 @@ def _decoded(encoded: bytes | None, shape: tuple[int, int, int]) -> np.ndarray:
     try:
         with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
             across = (shape[2], shape[1])
-            turned = orientation(image) >= 5  # a quarter, in either direction
-            if image.size != (across[::-1] if turned else across) or image.mode != MODES.get(shape[0]):
-                found = f"a {image.format} of {image.width} x {image.height} pixels, mode {image.mode}"
+            found = f"a {image.format} of {image.width} x {image.height} pixels, mode {image.mode}"
+            if image.size not in (across, across[::-1]) or image.mode != MODES.get(shape[0]):
                 raise ValueError(f"holds {found}")  # before it is decoded: a small file can claim to be huge
+            if numbers := wide(image):  # also before: of a PNG the orientation is found by decoding it
+                raise ValueError(f"holds a {image.format} that has {numbers}")
+            turned = orientation(image) >= 5  # a quarter, in either direction
+            if image.size != (across[::-1] if turned else across):
+                raise ValueError(f"holds {found}")
             array = np.asarray(upright(image))  # as training data are read
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         reason = re.sub(r" <_io\.BytesIO.*>", "", str(error))

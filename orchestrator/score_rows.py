@@ -19,6 +19,7 @@ from jem.files import Location
 from jem.predict import BATCH, Card, Predictions, Predictor
 from orchestrator import score_folder
 from orchestrator.score_files import KEY, Totals
+from orchestrator.score_folder import Images
 from orchestrator.score_images import to_pixels
 from orchestrator.score_units import Columns, Unit, is_text, open_parquet
 
@@ -33,9 +34,9 @@ class Work:
     root: Location
     out: Location
     columns: Columns
-    same_classes: bool  # labels that are numbers mean the model's classes
+    classes: tuple[str, ...] | None  # that labels mean which are numbers; none: the model's
     identity: dict[str, Any]
-    images: tuple[str, ...] = ()  # the image files, where these are the data
+    images: Images = score_folder.NONE  # where these are the data
 
 
 class Part(NamedTuple):
@@ -56,7 +57,7 @@ def score_unit(predictor: Predictor, work: Work, unit: Unit) -> None:
     writer = None
     for part in (_image_files if work.images else _rows)(work, unit, card, size):
         predictions = predictor(part.images.transpose(0, 2, 3, 1) if card.layout == "NHWC" else part.images)
-        totals.add(predictions, _truth(part.labels, card.classes, work.same_classes), len(card.classes))
+        totals.add(predictions, _truth(part.labels, card.classes), len(card.classes))
         table = _table(predictions, part)
         if writer is None:
             writer = pq.ParquetWriter(sink, table.schema, compression="zstd", write_page_checksum=True)
@@ -74,14 +75,21 @@ def _rows(work: Work, unit: Unit, card: Card, size: int) -> Iterator[Part]:
         images, n = _pixels(chunk, work, unit, card, row), chunk.num_rows
         kept = chunk.select(list(work.columns.keep))
         file = pa.array([unit.file] * n, pa.string())
-        yield Part(images, file, np.arange(row, row + n), _labels(chunk, work.columns), kept)
+        try:
+            labels = _labels(chunk, work.columns)
+        except pa.ArrowInvalid as error:
+            raise DataError(f"{(work.root / unit.file).uri}: column {work.columns.label}: {error}") from error
+        if labels is not None and work.classes not in (None, card.classes) and not is_text(labels.type):
+            labels = _named(labels, work.classes or ())
+        yield Part(images, file, np.arange(row, row + n), labels, kept)
         row += n
 
 
 def _image_files(work: Work, unit: Unit, card: Card, size: int) -> Iterator[Part]:
     for start in range(unit.start, unit.start + unit.rows, size):
-        names = work.images[start : min(start + size, unit.start + unit.rows)]
-        images = score_folder.read(work.root, names, card.image_shape)
+        stop = min(start + size, unit.start + unit.rows)
+        names = work.images.names[start:stop]
+        images = score_folder.read(work.root, work.images, start, stop, card.image_shape)
         labels = score_folder.labels_of(names, card.classes) if work.columns.label else None
         yield Part(images, pa.array(names, pa.string()), np.zeros(len(names), np.int64), labels, pa.table({}))
 
@@ -146,9 +154,15 @@ def _labels(chunk: Any, columns: Columns) -> Any:
     return labels if is_text(labels.type) else labels.cast(pa.int64())
 
 
-def _truth(labels: Any, classes: tuple[str, ...], same_classes: bool) -> np.ndarray | None:
+def _named(labels: Any, classes: tuple[str, ...]) -> Any:
+    """The names of the classes that numbers mean: null for a number that is no class's."""
+    known = pc.and_(pc.greater_equal(labels, 0), pc.less(labels, len(classes)))
+    return pc.take(pa.array(classes, pa.string()), pc.if_else(known, labels, None))
+
+
+def _truth(labels: Any, classes: tuple[str, ...]) -> np.ndarray | None:
     """The right classes' numbers, -1 where it is none of the model's; None if that is not known."""
-    if labels is None or not (same_classes or is_text(labels.type)):
+    if labels is None:
         return None
     if is_text(labels.type):
         labels = pc.index_in(labels.cast(pa.string()), pa.array(classes, pa.string())).cast(pa.int64())

@@ -21,6 +21,7 @@ from pyarrow import fs as pafs
 
 from jem.data import manifest as manifests
 from jem.data.catalog import SPLITS
+from jem.data.image_files import walk
 from jem.data.manifest import Manifest
 from jem.data.rows import UNREADABLE
 from jem.errors import ConfigError, DataError, Problem
@@ -89,9 +90,9 @@ class Plan:
     root: Location  # units' files are relative to it
     units: tuple[Unit, ...]
     columns: Columns
-    classes: tuple[str, ...] | None  # of the data, where they say so
+    classes: tuple[str, ...] | None  # that labels mean which are numbers, where the data say so
     data: dict[str, Any]  # what tells these data from others: digest, files, rows, bytes
-    images: tuple[str, ...] = ()  # the image files, where these are the data
+    images: Images = score_folder.NONE  # where these are the data
 
     @property
     def rows(self) -> int:
@@ -108,7 +109,7 @@ def make_plan(
 ) -> Plan:
     """Look at all footers and cut units. Raises DataError for files that cannot be scored, before any is read.
 
-    classes: the model's, for the folders of image files.
+    classes: the model's, as which folders of image files may be called.
     """
     root, found, manifest = _files(data, split)
     if isinstance(found, Images):
@@ -140,7 +141,7 @@ def _plan_images(
         columns = dataclasses.replace(columns, label=None)
     cuts = list(score_folder.cuts(images, rows_per_unit))
     known = _known(json.dumps([cut[2] for cut in cuts]), len(images.names), sum(cut[1] for cut in cuts), cuts)
-    return Plan(root, _numbered(cuts), columns, None, known, images.names)
+    return Plan(root, _numbered(cuts), columns, None, known, images)
 
 
 def _numbered(cuts: Sequence[tuple[Any, ...]]) -> tuple[Unit, ...]:
@@ -168,17 +169,28 @@ def _files(data: Location, split: str | None) -> tuple[Location, Sequence[str] |
     if split:
         raise ConfigError([Problem("split", f"is {split!r}, but {data.uri} has no {manifests.NAME} that knows splits")])
     if not data.is_dir():
-        image = score_folder.look([data.fs.get_file_info(data.path)], data.parent)
-        return data.parent, image or [data.name], None
-    found = data.fs.get_file_info(pafs.FileSelector(data.path, recursive=True))
-    names = [info.path[len(data.path.rstrip("/")) + 1 :] for info in found if info.type == pafs.FileType.File]
+        images = score_folder.look(data.parent.local, [data.local]) if data.is_local else score_folder.NONE
+        return data.parent, images or [data.name], None
+    return data, _listed(data), None
+
+
+def _listed(folder: Location) -> Sequence[str] | Images:
+    """The Parquet files below a folder, else the image files."""
+    if folder.is_local:
+        paths = sorted(walk(folder.local))
+        names = [path.relative_to(folder.local).as_posix() for path in paths]
+    else:
+        found = folder.fs.get_file_info(pafs.FileSelector(folder.path, recursive=True))
+        skip = len(folder.path.rstrip("/")) + 1
+        names = sorted(info.path[skip:] for info in found if info.type == pafs.FileType.File)
     chosen = [n for n in names if n.endswith(".parquet") and not any(p.startswith((".", "_")) for p in n.split("/"))]
     if chosen:
-        return data, sorted(chosen), None
-    images = score_folder.look(found, data)
+        return chosen
+    images = score_folder.look(folder.local, paths) if folder.is_local else score_folder.NONE
     if not images:
-        raise DataError(f"{data.uri}: holds neither {manifests.NAME} nor any *.parquet, and no image file")
-    return data, images, None
+        there = ", and no image file" if folder.is_local else "; image files are scored where they lie on a disk"
+        raise DataError(f"{folder.uri}: holds neither {manifests.NAME} nor any *.parquet{there}")
+    return images
 
 
 def _inspect(root: Location, name: str) -> Input:
@@ -215,7 +227,8 @@ def _check_schema(one: Input, root: Location, columns: Columns, shape: tuple[int
         for name in filter(None, names):
             if one.schema.names.count(name) != 1:
                 has = ", ".join(one.schema.names)
-                raise ConfigError([Problem(key, f"is {name!r}, but {where} has the columns {has}")])
+                hint = "; to score image files give a folder without *.parquet" if key == "column" else ""
+                raise ConfigError([Problem(key, f"is {name!r}, but {where} has the columns {has}{hint}")])
     wrong = problem_of(one.schema.field(columns.image).type, shape)
     if wrong:
         raise DataError(f"{where}: column {columns.image} {wrong}; the model takes {expected(shape)}")

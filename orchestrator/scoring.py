@@ -132,11 +132,11 @@ def _score_rest(
     from orchestrator.score_ray import score_on_ray
     from orchestrator.score_rows import Work
 
-    classes = Predictor.load(folder).card.classes  # a model that cannot be loaded is said before Ray is started
+    Predictor.load(folder)  # a model that cannot be loaded is said before Ray is started
     for file in filter(is_leftover, target.children()):
         file.remove()
     target.mkdir()
-    work = Work(plan.root, target, plan.columns, plan.classes in (None, classes), same, plan.images)
+    work = Work(plan.root, target, plan.columns, plan.classes, same, plan.images)
     missing = [unit for unit in plan.units if unit.number not in there]
     if there:
         stream.write(f"going on: {len(there)} of {len(plan.units)} units are scored already\n")

@@ -1,7 +1,7 @@
 """A folder of images, one sub-folder a class.
 
 ROOT/{train, validation or val, test}/CLASS/*, where only train is required; or flat, ROOT/CLASS/*. What is
-missing is carved from train: 20 % test, then the validation split. Imports no torch until it decodes.
+missing is carved from train: 20 % test, then the validation split. Imports no torch.
 """
 
 from __future__ import annotations
@@ -15,19 +15,11 @@ from typing import TYPE_CHECKING
 
 from jem.config import DataConfig
 from jem.data.catalog import root_of, validation_count
-from jem.data.upright import upright
+from jem.data.image_files import EXTENSIONS, below, decode, is_image
 from jem.errors import DataError
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from jem.data.carve import Pool, Source
-
-EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif")
-OTHERS = (".avif", ".heic", ".heif", ".jp2", ".jxl", ".svg", ".tga")
-"""Images that are not read: leaving them out in silence would leave data out."""
-NAMED = 20
-"""Of images that cannot be read, in one message."""
 
 SPLIT_NAMES = ("train", "training", "validation", "valid", "val", "dev", "test", "testing")
 LAYOUTS = "ROOT/train/CLASS/*.png (also validation, test) or ROOT/CLASS/*.png"
@@ -41,27 +33,24 @@ class Index:
     files: dict[str, list[tuple[Path, int]]]
 
 
-def index(root: Path, least: int = 2) -> Index:
-    """List a folder; no image is opened. DataError if it has neither layout, or not `least` classes.
-
-    With `least` 1, which is for outliers, whose classes do not matter, images without any folder will do.
-    """
+def index(root: Path) -> Index:
+    """List a folder; no image is opened. DataError if it has neither layout, or images where none are looked for."""
     if not root.is_dir():
         raise DataError(f"{root}: there is no such folder; data.root names one laid out as {LAYOUTS}")
-    folders = _split_folders(root)
+    folders = split_folders(root)
     classes = _folders(folders["train"])
-    if least == 1 and not classes:
-        return Index((root.name,), {"train": _files(root.absolute().parent, [root.absolute().name], whole=False)})
-    if least > 1:  # of outliers all images will do
-        _check_names(root, folders, classes)
-    if len(classes) < least:
+    _check_names(root, folders, classes)
+    if len(classes) < 2:
         raise DataError(f"{folders['train']}: has {len(classes)} class folders, two are needed: {LAYOUTS}")
     for folder in folders.values():
         if _folders(folder) != classes:
             odd = sorted(set(_folders(folder)) ^ set(classes))
             raise DataError(f"{folder}: has other classes than train: {', '.join(odd)}; each split needs every class")
-    files = {split: _files(folder, classes, whole=least > 1) for split, folder in folders.items()}
-    return Index(tuple(classes), files)
+        beside = sorted(path for path in folder.iterdir() if is_image(path) and not path.name.startswith("."))
+        if beside:
+            what = f"is one of {len(beside)} images beside the classes' folders"
+            raise DataError(f"{beside[0]}: {what}, which would be left out; move them into one, or away")
+    return Index(tuple(classes), {split: _files(folder, classes) for split, folder in folders.items()})
 
 
 def imagefolder(config: DataConfig) -> Source:
@@ -85,43 +74,6 @@ def carved_sizes(found: Index, validation_size: int | None) -> dict[str, int]:
     return {split: sizes[split] for split in ("train", "validation", "test")}
 
 
-def decode(files: Sequence[Path], size: int, channels: int) -> Tensor:
-    """uint8 [n, channels, size, size]: the middle square of each image as a camera meant it, resized with antialiasing.
-
-    Raises DataError for one that cannot be read, or whose numbers are no bytes: Pillow would cut 16 bits off at 255.
-    """
-    import numpy as np
-    import torch
-    from PIL import Image
-
-    images = torch.empty(len(files), channels, size, size, dtype=torch.uint8)
-    unreadable: list[str] = []
-    for row, path in enumerate(files):
-        try:
-            with Image.open(path) as opened:
-                mode = opened.mode
-                image = upright(opened).convert("RGB" if channels == 3 else "L")
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            reason = str(error).removesuffix(f" '{path}'")
-            unreadable.append(f"{path}: is not a readable image: {reason}; replace or delete the file")
-            continue
-        if mode == "F" or mode.startswith("I"):
-            numbers = "floats" if mode == "F" else "more than 8 bits a pixel"
-            remedy = "scale the images to 0..255 and save them with 8 bits a channel"
-            unreadable.append(f"{path}: has {numbers} (Pillow's mode {mode}), must have 8 bits a channel; {remedy}")
-            continue
-        if unreadable:
-            continue  # all of them are named at once
-        side = min(image.size)
-        left, top = (image.width - side) // 2, (image.height - side) // 2
-        square = image.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.BILINEAR)
-        images[row] = torch.from_numpy(np.array(square).reshape(size, size, channels)).permute(2, 0, 1)
-    if unreadable:
-        more = [f"and {len(unreadable) - NAMED} more"] if len(unreadable) > NAMED else []
-        raise DataError("\n".join([*unreadable[:NAMED], *more]))
-    return images
-
-
 def _pool(files: list[tuple[Path, int]], config: DataConfig) -> Pool:
     import numpy as np
 
@@ -131,7 +83,8 @@ def _pool(files: list[tuple[Path, int]], config: DataConfig) -> Pool:
     return Pool(labels, lambda rows: decode([files[i][0] for i in rows], config.image_size, config.channels))
 
 
-def _split_folders(root: Path) -> dict[str, Path]:
+def split_folders(root: Path) -> dict[str, Path]:
+    """The folder of each split that there is; the root itself as train where it has no splits."""
     if not _folders(root / "train"):
         return {"train": root}
     candidates = {"train": ("train",), "validation": ("validation", "val"), "test": ("test",)}
@@ -156,23 +109,17 @@ def _check_names(root: Path, folders: dict[str, Path], classes: list[str]) -> No
 def _folders(folder: Path) -> list[str]:
     if not folder.is_dir():
         return []
-    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+    try:
+        return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be read: {error.strerror}") from error
 
 
-def _files(folder: Path, classes: Sequence[str], whole: bool) -> list[tuple[Path, int]]:
+def _files(folder: Path, classes: Sequence[str]) -> list[tuple[Path, int]]:
     listed: list[tuple[Path, int]] = []
     for label, name in enumerate(classes):
-        there = sorted(
-            Path(where, file)
-            for where, _, names in os.walk(folder / name, followlinks=True)
-            for file in names
-            if not file.startswith(".")
-        )
-        below = [path for path in there if path.name.lower().endswith(EXTENSIONS)]
-        unread = [path for path in there if path.name.lower().endswith(OTHERS)]
-        if unread and whole:
-            raise DataError(f"{unread[0]}: is one of {len(unread)} images that are not read; convert or move them")
-        if not below:
+        images = below(folder / name)
+        if not images:
             raise DataError(f"{folder / name}: holds no image ({', '.join(EXTENSIONS)}); fill or delete the folder")
-        listed += [(path, label) for path in below]
+        listed += [(path, label) for path in images]
     return listed

@@ -98,6 +98,9 @@ def complete(name: str, made: Mapping[str, Split], classes: tuple[str, ...]) -> 
 
 def check(dataset: DataSet, origin: str, wanted: tuple[str, ...] = SPLITS) -> DataSet:
     """Every data set passes through here, wherever it is from; raises DataError naming `origin`."""
+    if len(set(dataset.classes)) < dataset.n_classes:
+        twice = [name for name in dataset.classes if dataset.classes.count(name) > 1]
+        raise DataError(f"{origin}: two classes are called {twice[0]!r}; give each its own name")
     for name, split in dataset.splits.items():
         where = f"{origin}: split {name}"
         images, labels = split.images, split.labels

@@ -20,7 +20,7 @@ TURNS = {
 
 
 def orientation(image: Any) -> int:
-    """Of a Pillow image, 1 to 8, without decoding it. No other tag is looked at: scraped photographs have odd ones."""
+    """Of a Pillow image, 1 to 8; a PNG may be decoded for it. No other tag is read: scraped ones are odd."""
     try:
         with warnings.catch_warnings(action="ignore"):
             found = int(image.getexif().get(ORIENTATION, 1))

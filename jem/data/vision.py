@@ -17,7 +17,7 @@ from jem.config import DataConfig
 from jem.data import idx
 from jem.data.carve import Indices, Pool, Source
 from jem.data.catalog import DEBIAN_FASHION_MNIST, PUBLIC, from_debian, root_of
-from jem.data.folder import decode
+from jem.data.image_files import decode
 from jem.errors import ConfigError, DataError, Problem
 
 UNREADABLE = (RuntimeError, OSError, ValueError, TypeError, KeyError, IndexError, AssertionError, EOFError)

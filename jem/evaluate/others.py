@@ -21,7 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from jem.config import DataConfig
-from jem.data import folder, manifest, parquet
+from jem.data import folder, image_files, manifest, parquet
 from jem.data.carve import Indices
 from jem.data.catalog import EMBEDDED, PUBLIC, from_debian, is_there, root_of
 from jem.data.sources import SOURCES, load
@@ -178,7 +178,7 @@ def refusal(name: str, data: DataConfig) -> str:
         if not location.is_local:
             return f"{name}: has no {manifest.NAME}, and a folder of images must be on the local disk"
         own = data.name == "imagefolder" and root_of(data).is_dir()
-        shared = own and not _all_files(location.local).isdisjoint(_all_files(root_of(data)))
+        shared = own and not _all_files(location.local).isdisjoint(_own_files(root_of(data)))
         return f"{name}: its images are the model's own data; outliers must be others" if shared else ""
     found = manifest.read(location)
     if data.name == "parquet" and (manifest.location_of(data) / manifest.NAME).exists():
@@ -208,7 +208,10 @@ def _fingerprint_of_path(location: Location) -> str:
         return manifest.read(location).digest
     root, sha = location.local, hashlib.sha256()
     for path in sorted(_all_files(root)):
-        stat = path.stat()
+        try:
+            stat = path.stat()
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read: {error.strerror}") from error
         text = f"{path.relative_to(root.resolve())}\0{stat.st_size}\0{stat.st_mtime_ns}\0"
         sha.update(text.encode("utf-8", "surrogateescape"))
     return sha.hexdigest()
@@ -265,12 +268,14 @@ def _from_path(name: str, shape: tuple[int, int, int], max_images: int) -> tuple
         images = parquet.read(location, ("test",)).test.images  # by what was opened: its URI has no credentials
         what = f"the test split of {location.uri} ({manifest.read(location).name}, Parquet)"
         return images[torch.from_numpy(spaced(len(images), max_images))], len(images), what
-    splits = folder.index(location.local, least=1).files
-    parts = [splits["test"]] if "test" in splits else splits.values()
-    files = [path for part in parts for path, _ in part]
+    root = location.local
+    has_test = (root / "train").is_dir() and (root / "test").is_dir()
+    files = image_files.below(root / "test" if has_test else root)
+    if not files:
+        raise DataError(f"{KEY}: {root}: holds no image ({', '.join(image_files.EXTENSIONS)})")
     side, channels = max(h, w), 1 if c == 1 else 3
-    images = folder.decode([files[row] for row in spaced(len(files), max_images)], side, channels)
-    of, colour = "the test split" if "test" in splits else "all images", "grey" if c == 1 else "RGB"
+    images = image_files.decode([files[row] for row in spaced(len(files), max_images)], side, channels)
+    of, colour = "the test split" if has_test else "all images", "grey" if c == 1 else "RGB"
     what = (
         f"{of} of {location.uri}, the middle square of each resized to {side}x{side} (bilinear, antialiased), {colour}"
     )
@@ -278,8 +283,12 @@ def _from_path(name: str, shape: tuple[int, int, int], max_images: int) -> tuple
 
 
 def _all_files(root: Path) -> set[Path]:
-    splits = folder.index(root.resolve(), least=1).files
-    return {path for files in splits.values() for path, _ in files}
+    return set(image_files.below(root.resolve()))
+
+
+def _own_files(root: Path) -> set[Path]:
+    """Those that data of the folder are made of, and not what else lies beside its splits."""
+    return {path for split in folder.split_folders(root.resolve()).values() for path in image_files.below(split)}
 
 
 def _location(name: str) -> Location:

@@ -249,6 +249,19 @@ def test_images_without_any_folder_will_do_and_a_file_is_said_to_be_one(tmp_path
     assert "0.png: is a file; give a folder of images" in refusal("./0.png", data)
 
 
+def test_outliers_are_all_images_below_a_folder_or_below_its_test_split(tmp_path, data):
+    root = tmp_path / "things"
+    levels(root, {"edited": 2, "sub/deep": 1})
+    (root / "empty").mkdir()
+    for row in range(3):
+        Image.new("L", (9, 9), 40 * row).save(root / f"{row}.png")
+    assert len(load_outliers(str(root), like_test(), data, 10).images) == 6
+    split = levels(tmp_path / "split", {"train/x": 3, "test/y": 2})
+    found = load_outliers(split, like_test(), data, 10)
+    assert len(found.images) == 2
+    assert found.how.startswith("the test split of")
+
+
 def test_images_of_every_size_become_the_models_size_and_channels(tmp_path, data):
     (tmp_path / "mixed" / "a").mkdir(parents=True)
     for i, (size, mode) in enumerate([((30, 10), "RGB"), ((5, 7), "L"), ((200, 200), "RGBA")]):

@@ -13,13 +13,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from deep_images import deep_png
 from PIL import Image
 from pyarrow import fs as pafs
 from worker_runs import fit, newest
 
 from jem.config import DataConfig, JEMConfig, ModelConfig
-from jem.data import parquet
-from jem.data.folder import decode
+from jem.data import parquet, splits
+from jem.data.image_files import decode
 from jem.data.rows import write_rows
 from jem.data.sources import load
 from jem.errors import CheckpointError, ConfigError, DataError, JEMError
@@ -29,8 +30,9 @@ from jem.predict import BATCH, CARD, WEIGHTS, Card, Predictor, save
 from jem.settings import flatten
 from orchestrator import score_ray, scoring
 from orchestrator.runs import lock
+from orchestrator.score_folder import class_of
 from orchestrator.score_images import problem_of, to_pixels
-from orchestrator.score_rows import score_unit
+from orchestrator.score_rows import Work, score_unit
 from orchestrator.score_units import Columns, make_plan
 
 SHAPE = (3, 4, 6)
@@ -235,6 +237,7 @@ def bad_columns():
     return {
         "another size": (pa.array(second(png(image), png(wide))), "a PNG of 7 x 4 pixels, mode RGB"),
         "another mode": (pa.array(second(png(image), png(grey))), "mode L"),
+        "16 bits": (pa.array(second(png(image), deep_png((6, 4)))), "a PNG that has more than 8 bits"),
         "with alpha": (pa.array(second(png(image), rgba.getvalue())), "mode RGBA"),
         "half a png": (pa.array(second(png(image), png(image)[:60])), "no readable image"),
         "no image": (pa.array(second(png(image), b"hello")), "no readable image"),
@@ -336,6 +339,30 @@ def test_a_data_set_of_ours_is_scored_by_split_with_its_accuracy(tmp_path, score
     assert result.metrics["accuracy"] == pytest.approx(right)
     everything = score(model, tmp_path / "digits", tmp_path / "all")
     assert everything.rows == sum(len(split) for split in digits.splits.values())
+
+
+def test_a_data_set_of_ours_whose_classes_stand_in_another_order_is_compared_by_name(tmp_path, model, scored_units):
+    images = pictures(30)
+    index = Predictor.load(model)(images.transpose(0, 2, 3, 1)).index
+    labels = torch.arange(30) % 4
+    classes = ("emu", "ant", "cat", "dog")
+    split = splits.Split(torch.from_numpy(images), labels)
+    parquet.write(splits.DataSet("photos", split, split, split, classes), Location.of(tmp_path / "data"))
+    result = score(model, tmp_path / "data", tmp_path / "out", "split=test")
+    names = [classes[label] for label in labels]
+    assert scores(tmp_path / "out")["true_label"].to_pylist() == names
+    known = [row for row in range(30) if names[row] != "emu"]
+    right = np.mean([CLASSES[index[row]] == names[row] for row in known])
+    assert result.metrics["accuracy"] == pytest.approx(right)
+    assert (
+        result.message == f"{30 - len(known)} of 30 labels are none of the model's classes, and count for no accuracy"
+    )
+
+
+def test_a_label_that_is_no_number_of_ours_is_named(tmp_path, model, scored_units):
+    write_data(tmp_path / "a.parquet", pictures(1), label=pa.array([2**63], pa.uint64()))
+    with pytest.raises(DataError, match=r"a.parquet: column label: .*9223372036854775808"):
+        score(model, tmp_path / "a.parquet", tmp_path / "out")
 
 
 def test_the_accuracy_is_over_rows_whose_class_the_model_has(tmp_path, model, scored_units):
@@ -617,7 +644,7 @@ def test_a_folder_of_photographs_is_scored_as_one_was_learnt(tmp_path, square_mo
     np.testing.assert_allclose(scores(tmp_path / "one")["log_density"][0].as_py(), expected.log_density[0], rtol=1e-5)
 
 
-def test_folders_that_are_called_as_classes_say_what_their_images_are(tmp_path, square_model, scored_units):
+def test_a_folder_laid_out_as_for_training_says_what_its_images_are(tmp_path, square_model, scored_units):
     images = photos(tmp_path / "photos", ["test/ant/x/0.png", "test/dog/1.png", "test/emu/2.png", "train/cat/3.png"])
     index = Predictor.load(square_model)(images.transpose(0, 2, 3, 1)).index
     result = score(square_model, tmp_path / "photos", tmp_path / "out")
@@ -628,23 +655,72 @@ def test_folders_that_are_called_as_classes_say_what_their_images_are(tmp_path, 
     assert "true_label" not in scores(tmp_path / "bare").column_names
 
 
+@pytest.mark.parametrize(
+    ("name", "label"),
+    [
+        ("5/a.png", "5"),
+        ("test/5/2/a.png", "5"),
+        ("2024/5/a.png", None),
+        ("a.png", None),
+        ("5.png", None),
+        ("top/shirt/a.png", "top/shirt"),
+        ("train/top/shirt/deep/a.png", "top/shirt"),
+        ("top/a.png", "top"),
+        ("test/a.png", None),
+        ("dev/a.png", "dev"),
+    ],
+)
+def test_the_class_of_a_file_is_that_of_the_layout_for_training(name, label):
+    assert class_of(name, ("5", "top", "top/shirt", "dev")) == label
+
+
 def test_image_files_that_cannot_be_scored_are_named_and_the_rest_goes_on(tmp_path, square_model, scored_units):
     root, out = tmp_path / "photos", tmp_path / "out"
     photos(root, ["0.png", "1.png", "2.png"])
     whole = (root / "1.png").read_bytes()
     (root / "1.png").write_bytes(whole[:60])
-    with pytest.raises(DataError, match=r"photos/1.png: is not a readable image: .*; replace or delete the file"):
+    with pytest.raises(DataError, match=r"(?s)photos/1.png: is not a readable image: .*replaced, they go on from here"):
         score(square_model, root, out, "rows_per_unit=1")
     assert scored_units == [0]
     (root / "1.png").write_bytes(whole)
     assert score(square_model, root, out, "rows_per_unit=1").rows == 3
     assert scored_units == [0, 1, 2]
+    shutil.copytree(root, tmp_path / "copy", copy_function=shutil.copyfile)
+    assert score(square_model, tmp_path / "copy", out, "rows_per_unit=1").rows == 3
     photo(root / "2.png", np.zeros((9, 9, 3), np.uint8))
     with pytest.raises(ConfigError, match=r"OUT: .* holds scores of other data"):
         score(square_model, root, out, "rows_per_unit=1")
+
+
+def test_an_image_that_changes_while_it_is_scored_is_not_taken_for_the_one_that_was_there(tmp_path, square_model):
+    photos(tmp_path / "photos", ["0.png", "1.png"])
+    plan = make_plan(Location.of(tmp_path / "photos"), None, Columns("image", None, ()), 5, (3, 8, 8))
+    photo(tmp_path / "photos" / "1.png", np.zeros((9, 9, 3), np.uint8))
+    work = Work(plan.root, Location.of(tmp_path / "out"), plan.columns, None, {}, plan.images)
+    with pytest.raises(DataError, match=r"1.png: was changed while it was scored"):
+        score_unit(Predictor.load(square_model), work, plan.units[0])
+    assert not (tmp_path / "out").exists()
+
+
+def test_image_files_that_would_be_left_out_are_named(tmp_path, square_model, scored_units):
+    root = tmp_path / "photos"
+    photos(root, ["0.png"])
     (root / "3.heic").write_bytes(b"")
-    with pytest.raises(DataError, match=r"3.heic: is one of 1 images that are not read; convert"):
-        score(square_model, root, tmp_path / "new")
+    for data in (root, root / "3.heic"):
+        with pytest.raises(DataError, match=r"3.heic: is one of 1 images that are not read; convert"):
+            score(square_model, data, tmp_path / "out")
+    (root / "3.heic").unlink()
+    (root / "gone.png").symlink_to("nowhere.png")
+    with pytest.raises(DataError, match=r"gone.png: cannot be read: No such file.*; replace or delete the file"):
+        score(square_model, root, tmp_path / "out")
+    (root / "gone.png").unlink()
+    odd = os.fsencode(root) + b"/caf\xe9.png"
+    os.link(root / "0.png", odd)
+    with pytest.raises(DataError, match=r"caf.*e9.png is no UTF-8; rename it"):
+        score(square_model, root, tmp_path / "out")
+    Path(os.fsdecode(odd)).rename(root / "café.png")
+    (root / "itself").symlink_to(root, target_is_directory=True)
+    assert score(square_model, root, tmp_path / "out").rows == 2
 
 
 def test_what_makes_no_sense_for_image_files_is_refused_at_once(tmp_path, model, square_model, scored_units):
@@ -658,7 +734,7 @@ def test_what_makes_no_sense_for_image_files_is_refused_at_once(tmp_path, model,
     store = Location(pafs._MockFileSystem(), "photos", "mock")
     store.mkdir()
     (store / "0.png").write(b"")
-    with pytest.raises(ConfigError, match=r"image files must lie on a disk, not at mock:"):
+    with pytest.raises(DataError, match=r"nor any \*.parquet; image files are scored where they lie on a disk"):
         make_plan(store, None, Columns("image", "label", ()), 5, (3, 8, 8))
     assert not (tmp_path / "out").exists()
 

@@ -1,3 +1,6 @@
+import os
+
+import deep_images
 import image_fakes as fakes
 import numpy as np
 import pytest
@@ -5,7 +8,7 @@ import torch
 from PIL import Image, ImageOps
 
 from jem.config import DataConfig
-from jem.data.folder import decode
+from jem.data.image_files import below, decode
 from jem.data.sources import describe, load
 from jem.data.upright import orientation, upright
 from jem.errors import ConfigError, DataError
@@ -100,6 +103,19 @@ def test_every_orientation_is_that_of_pillow(tag):
     assert orientation(image) == tag
 
 
+@pytest.mark.parametrize("kind", ["png", "jpg", "tif", "webp"])
+def test_every_kind_of_file_stands_as_pillow_turns_it(tmp_path, kind):
+    picture = Image.fromarray(np.kron(np.array([[250, 150], [50, 0]]), np.ones((8, 8))).astype(np.uint8))
+    for tag in range(1, 9):
+        turned = Image.Exif()
+        turned[0x0112] = tag
+        path = tmp_path / f"{tag}.{kind}"
+        picture.save(path, exif=turned)
+        with Image.open(path) as opened:
+            expected = np.asarray(ImageOps.exif_transpose(opened).convert("L"))
+        np.testing.assert_array_equal(decode([path], 16, 1)[0, 0].numpy(), expected)
+
+
 @pytest.mark.parametrize("exif", [b"Exif\x00\x00not a TIFF header", b"Exif\x00\x00II*\x00\x08\x00\x00\x00\x01\x00\x12"])
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")
 def test_a_photograph_whose_exif_is_damaged_is_read_as_it_is(tmp_path, exif):
@@ -181,6 +197,61 @@ def test_a_folder_that_is_not_there_is_named(tmp_path):
     with pytest.raises(DataError, match=r"nowhere: there is no such folder; data.root names"):
         load(config(tmp_path / "nowhere"))
     assert describe(config(tmp_path / "nowhere")).where == f"{tmp_path}/nowhere (missing)"
+
+
+def test_hidden_folders_and_links_in_a_circle_are_no_data(tmp_path):
+    fakes.folder(tmp_path, {"cat": 3, "dog": 3, "cat/.thumbnails": 3, "cat/more": 1})
+    (tmp_path / "cat" / "latest").symlink_to(".")
+    (tmp_path / "cat" / "more" / "up").symlink_to(tmp_path, target_is_directory=True)
+    assert len(below(tmp_path)) == 7 == len(set(below(tmp_path)))
+    assert len(below(tmp_path / "cat" / ".thumbnails")) == 3, "asked for by name"
+    (tmp_path / "elsewhere").symlink_to(tmp_path / "dog", target_is_directory=True)
+    assert len(below(tmp_path / "elsewhere")) == 3
+
+
+def test_a_folder_that_cannot_be_read_is_named_and_not_left_out(tmp_path, monkeypatch):
+    fakes.folder(tmp_path, {"cat": 3, "dog": 3, "cat/2024": 3})
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("2024"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(DataError, match=r"cat/2024: cannot be read: Permission denied"):
+        load(config(tmp_path))
+
+
+def test_images_beside_the_folders_of_the_classes_are_named_and_not_left_out(tmp_path):
+    fakes.folder(tmp_path, {"train/a": 5, "train/b": 5})
+    fakes.folder(tmp_path, {"sheets": 1})
+    next((tmp_path / "sheets").iterdir()).rename(tmp_path / "preview.png")
+    assert sum(sizes(load(config(tmp_path))).values()) == 10, "beside train it is no data"
+    (tmp_path / "preview.png").rename(tmp_path / "train" / "c.PNG")
+    with pytest.raises(DataError, match=r"train/c.PNG: is one of 1 images beside the classes' folders"):
+        describe(config(tmp_path))
+
+
+@pytest.mark.parametrize("kind", ["png", "tif"])
+def test_colours_of_16_bits_are_refused_as_greys_are(tmp_path, kind):
+    path = tmp_path / f"deep.{kind}"
+    path.write_bytes(deep_images.deep_png() if kind == "png" else deep_images.deep_tiff())
+    with Image.open(path) as opened:
+        assert opened.mode == "RGB", "Pillow leaves half of the bits out"
+    with pytest.raises(DataError, match=rf"deep.{kind}: has more than 8 bits a pixel's channel .*; scale the images"):
+        decode([path], 4, 3)
+
+
+def test_a_file_that_is_whole_is_not_to_be_deleted(tmp_path, monkeypatch):
+    fakes.folder(tmp_path, {"a": 1})
+    (path,) = (tmp_path / "a").iterdir()
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1)
+    with pytest.raises(DataError, match=r"has too many pixels to be read; scale it down") as caught:
+        decode([path], 4, 3)
+    assert "delete" not in str(caught.value)
+    with pytest.raises(DataError, match=r"gone.png: is not there; copy it again$"):
+        decode([tmp_path / "gone.png"], 4, 3)
 
 
 def test_a_damaged_picture_is_named(tmp_path):

@@ -97,6 +97,18 @@ def test_a_source_that_is_none_is_named(run, tmp_path, monkeypatch, source, said
     assert (code, said in result["message"]) == (2, True)
 
 
+def test_a_place_inside_the_folder_of_images_is_refused(run, tmp_path):
+    fakes.folder(tmp_path / "photos", {"cat": 20, "dog": 20})
+    (tmp_path / "link").symlink_to(tmp_path / "photos")
+    for out in (tmp_path / "photos" / "out", tmp_path / "link" / "cat" / "out", tmp_path / "photos"):
+        code, result, _ = run(tmp_path / "photos", out, "image_size=8")
+        assert (code, result["message"]) == (2, f"OUT: {out} is inside SOURCE, where it would be taken for data")
+    assert not (tmp_path / "photos" / "out").exists()
+    code, result, _ = run(tmp_path / "photos", tmp_path / "out", "root=elsewhere")
+    assert code == 2
+    assert f"root: is given, but SOURCE is the folder {tmp_path / 'photos'} itself" in result["message"]
+
+
 def test_two_commands_do_not_write_to_one_place(run, tmp_path):
     with lock(Location.of(tmp_path / "out")):
         code, result, _ = run("digits", tmp_path / "out")
