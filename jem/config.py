@@ -261,7 +261,9 @@ class GenerateConfig(Settings):
     """Suites full and paper: the samples that are scored."""
 
     samples: int | None = setting(None, ge=10, doc="images of each sampler; none: 1000, paper 10,000")
-    steps: int | None = setting(None, ge=1, doc="SGLD steps of a fresh chain; none: sgld.steps / replay.reinit_prob")
+    steps: int | None = setting(
+        None, ge=1, doc="SGLD steps of a fresh chain; none: sgld.steps * sgld.inner_steps / replay.reinit_prob"
+    )
     inception: str | None = setting(
         None, doc="torch-fidelity's Inception weights, for data without an extractor of ours (colour images)"
     )

@@ -115,7 +115,7 @@ def jem_loss(
 def detection(
     energy_data: Float[Tensor, " data"], energy_samples: Float[Tensor, " samples"]
 ) -> tuple[Float[Tensor, " data"], Float[Tensor, " samples"]]:
-    """-log sigmoid(-E(x)) of data and -log sigmoid(E(x)) of samples, in nats: the loss of DAT (2026), p_x_loss = bce.
+    """-log sigmoid(-E(x)) of data and -log sigmoid(E(x)) of samples, in nats: the loss of DAT (Yin et al., 2026).
 
     It trains E as the logit of a detector that tells samples from data. The least is at E = log q(x) - log p(x), with q
     the density that the chains leave behind: no density's own energy, and a constant once they sample p. No image's

@@ -26,7 +26,9 @@ EXIT_CODES = "exit codes: 0 done, 1 failed, 2 bad configuration or data, 3 damag
 def evaluate() -> Result:
     parser = Parser(__doc__, f"{EXIT_CODES}\n\n{free_help()}")
     parser.add_argument("model", metavar="MODEL", help="what to measure")
-    parser.add_argument("settings", nargs="*", metavar="key=value", help="any setting below, or workers")
+    parser.add_argument(
+        "settings", nargs="*", metavar="key=value", help="any below, workers; of a .pt also model.*, data.*"
+    )
     parser.add_argument("--against", metavar="MODEL", help="another model of the same data: its classifier twin")
     arguments = parser.parse_intermixed_args()
     sys.path.append(str(Path.cwd()))  # package.module:function of the user's own

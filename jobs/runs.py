@@ -5,8 +5,8 @@ python jobs/runs.py digits-0b0f8f3c                  one in detail; runs/digits-
 python jobs/runs.py storage_path=s3://bucket/runs    those of another storage
 python jobs/runs.py --verify digits-0b0f8f3c         compare every byte of its checkpoints with its checksum
 
-It only reads, and can be asked at any time. The last line on stdout is one JSON object, `runs` in it has an
-entry a run.
+Sweeps and several seeds follow below the table; named, they show their trials. It only reads, and can be asked at any
+time. The last line on stdout is one JSON object, `runs` in it has an entry a run, `folders` one of each of these.
 """
 
 import sys

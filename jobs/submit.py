@@ -21,7 +21,7 @@ EXIT_CODES = "exit codes: that of the command; 1 no cluster answers, 2 nothing t
 
 def submit() -> Result:
     parser = Parser(__doc__, EXIT_CODES)
-    parser.add_argument("--address", help="of the cluster's dashboard; default http://127.0.0.1:8265")
+    parser.add_argument("--address", help="of the cluster's dashboard; default as for ray job submit")
     parser.add_argument("--working-dir", type=Path, help="what is uploaded; default: this checkout")
     parser.add_argument("--env", action="append", default=[], metavar="NAME=VALUE", help="for the job; not for secrets")
     parser.add_argument("--no-wait", action="store_true", help="do not follow the job's log")

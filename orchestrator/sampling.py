@@ -50,8 +50,8 @@ class SampleConfig(Settings):
     steps: int | None = setting(
         None,
         ge=0,
-        doc="SGLD steps of a chain; none: for fresh chains the mean life of one in training, sgld.steps / "
-        "replay.reinit_prob (20 sgld.steps where none restarts), for those of the buffer 0",
+        doc="SGLD steps of a chain; none: for fresh chains the mean life of one in training, sgld.steps * "
+        "sgld.inner_steps / replay.reinit_prob (20 sgld.steps where none restarts), for those of the buffer 0",
     )
     init: str = setting(
         "fresh",
