@@ -230,6 +230,7 @@ def load_run_config(recipe: str, arguments: Sequence[str]) -> RunConfig:
     changes, problems = parse_arguments(arguments)
     try:
         entries = read_recipe(recipe, problems) | changes
+        entries |= _storage_of_run(Path(recipe).expanduser(), entries) if "storage_path" not in changes else {}
     except ConfigError as error:  # there is no recipe to read: what was typed is checked alone
         problems += [problem for problem in mistakes(changes) if problem.origin]
         raise ConfigError([*error.problems, *problems]) from None
@@ -245,6 +246,20 @@ def load_run_config(recipe: str, arguments: Sequence[str]) -> RunConfig:
     if config.name is None:
         config = replace(config, name=f"{as_name(Path(recipe).stem)}-{config.digest}")
     return config
+
+
+def _storage_of_run(recipe: Path, entries: dict[str, Entry]) -> dict[str, Entry]:
+    """Where the run lies whose recipe this is, from wherever it is named, if that is the run that is asked for."""
+    folder = Path(os.path.abspath(recipe)).parent
+    name, storage = (entries.get(key, Entry(None)).value for key in ("name", "storage_path"))
+    if recipe.name != "recipe.yaml" or name != folder.name or not (folder / "run.json").is_file():
+        return {}
+    there = (
+        isinstance(storage, str)
+        and "://" not in storage
+        and Path(storage).expanduser().resolve() == folder.parent.resolve()
+    )
+    return {} if there else {"storage_path": Entry(str(folder.parent))}
 
 
 def bundled_recipes() -> list[str]:

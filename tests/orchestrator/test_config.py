@@ -10,9 +10,11 @@ import pytest
 import yaml
 
 from jem.errors import ConfigError
+from jem.files import Location
 from jem.settings import flatten
 from orchestrator.config import RunConfig, bundled_recipes, from_flat, load_run_config, to_yaml
 from orchestrator.remedies import LADDER, remedied
+from orchestrator.runs import write_config
 
 SCIENCE = (
     *("seed", "batch_size", "precision", "compile", "init_from"),
@@ -636,6 +638,29 @@ def test_the_configuration_as_a_recipe_or_as_json_gives_itself_again(tmp_path, n
     assert load_run_config(str(path), []) == config
     assert from_flat(json.loads(json.dumps(flatten(config)))) == config
     assert yaml.safe_load(to_yaml(config))["sgld"]["clamp"] == 0.1
+
+
+def test_the_recipe_of_a_run_goes_on_with_it_from_wherever_it_is_named(tmp_path, monkeypatch):
+    (tmp_path / "work").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    config = load_run_config("digits", ["name=tiny"])
+    write_config(Location.of("runs") / "tiny", config)
+    given = tmp_path / "work" / "runs" / "tiny" / "recipe.yaml"
+
+    def storage(*changes, recipe=given):
+        return load_run_config(str(recipe), changes).storage_path
+
+    assert storage() == "./runs", "a recipe, not yet a run's"
+    (given.parent / "run.json").write_text("{}")
+    assert storage() == "./runs"
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert storage() == str(tmp_path / "work" / "runs")
+    assert storage(recipe="../work/runs/tiny/recipe.yaml") == str(tmp_path / "work" / "runs")
+    assert storage("storage_path=./mine") == "./mine"
+    assert storage("name=other") == "./runs"
+    given.parent.rename(tmp_path / "elsewhere" / "tiny")
+    assert storage(recipe="tiny/recipe.yaml") == str(tmp_path / "elsewhere")
 
 
 def test_a_configuration_can_be_neither_changed_nor_made_wrong():
