@@ -317,14 +317,17 @@ def _limits(report: dict[str, Any] | None, facts: dict[str, Any]) -> Iterator[st
 
 def _measured_limits(report: dict[str, Any]) -> Iterator[str]:
     sets = report.get("ood", {})
-    accepted = parts(report["threshold"].get("test_accepted"))
+    accepted, noise = parts(report["threshold"].get("test_accepted")), report.get("settings", {}).get("noise_std")
+    which = "that threshold"
+    if noise:  # what is served was fitted on images without
+        which = f"the threshold fitted on images with noise of {noise:g}, {report['threshold']['log_px']:.6g},"
     if accepted is not None:
-        yield f"that threshold accepts {accepted[0]:.1%} of the test images"
+        yield f"{which} accepts {accepted[0]:.1%} of the test images"
     for name, entry in sets.items():
         share = parts(entry.get("called_outside"))
         if share is not None and not any(map(math.isnan, share)):
             mistaken = f"{1 - share[0]:.1%} [{1 - share[2]:.1%}, {1 - share[1]:.1%}]"
-            yield f"that threshold also accepts {mistaken} of {_text(name)}, which is not of the data"
+            yield f"{which} also accepts {mistaken} of {_text(name)}, which is not of the data"
     if sets:
         yield (
             f"out-of-distribution sets measured are {', '.join(map(_text, sets))} and **no others**: what the model "

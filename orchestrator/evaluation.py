@@ -45,7 +45,7 @@ from orchestrator.result import Result
 from orchestrator.runs import planned_storage
 
 EVALUATIONS = "evaluations"
-VERSION = 5
+VERSION = 6
 """Of how figures are computed: a change of it makes old reports be computed anew."""
 
 

@@ -24,6 +24,13 @@ _MAX_NAME = 250
 _MAX_TAG = 8000
 
 
+EVALUATED = (
+    *("test/", "test_scaled/", "ood/", "noise", "val/temperature"),
+    *("robust/", "robust_k", "gen/", "chains/"),
+)
+"""What the metrics begin with that an evaluation gives, of a run's own end or of jobs/evaluate.py."""
+
+
 @dataclass(frozen=True)
 class Point:
     key: str

@@ -101,10 +101,11 @@ def chains_table(section: Mapping[str, Any]) -> Rows:
 def chains_about(section: Mapping[str, Any]) -> str:
     middle = section["data_energy"][0]
     energy = "undefined" if middle is None else f"{middle:.4g}"
+    temperature = section["acceptance"]["temperature"]
+    own = "the T of each step" if temperature is None else f"T = {temperature:.2g}, its own"
     return (
         f"{section['n']} chains from the prior, medians; one of the training lives {section['length']:,} steps; the "
-        f"energy of test images is {energy}; acceptance: of the SGLD move by Metropolis and Hastings at "
-        f"T = {section['acceptance']['temperature']:.2g}, its own"
+        f"energy of test images is {energy}; acceptance: of the SGLD move by Metropolis and Hastings at {own}"
     )
 
 

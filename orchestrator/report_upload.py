@@ -69,13 +69,14 @@ def _of_comparisons(home: Path, names: list[str]) -> dict[str, float]:
 
 
 def _points(run: MLflowRun, report: dict[str, Any], metrics: dict[str, float], step: int) -> list[Item]:
-    """The report's figures, but for those that the run has: of the evaluation at the end of its training."""
-    has = {(point.key, point.step, point.value) for point in run.history()} if not run.created else set()
+    """The report's figures, but for those that the run shows: of the evaluation at the end of its training."""
+    before = sorted(run.history(), key=lambda point: (point.step, point.time)) if not run.created else []
+    newest = {point.key: (point.step, point.value) for point in before}
     now = int(time.time() * 1000)
     noise = report["settings"]["noise_std"]
     prefix = f"noise{noise:g}/" if noise else ""  # of other images: not the run's own test figures
     figures = {legal_name(prefix + key): value for key, value in metrics.items()}
-    return [Point(key, value, now, step) for key, value in figures.items() if (key, step, value) not in has]
+    return [Point(key, value, now, step) for key, value in figures.items() if newest.get(key) != (step, value)]
 
 
 def _where(opened: Opened) -> tuple[str, str | None]:

@@ -279,7 +279,7 @@ class Training:
             "data_digest": self.data.digest,
             "final": self.final_weights,
             "best": {k: v for k, v in best.items() if k != "weights"} if best else None,
-            "metrics": self.metrics,
+            "metrics": self.final_metrics,
             "facts": self.job.facts,
             "health": self.health.state(),
             "rollbacks": self.recovery.count,
@@ -422,7 +422,7 @@ class Training:
             "status": status,
             "step": self.state.step,
             "checkpoint": self.saved.uri if self.saved else None,
-            "metrics": self.metrics,
+            "metrics": self.final_metrics,
             "weights": self.final_weights,
             "calibrated": self.calibrated,
             "report": self.evaluated,
@@ -467,6 +467,14 @@ class Training:
         if self.config.evaluate.final == "best" and self.best is not None:
             return "best"
         return "ema" if self.config.evaluate.ema else "model"
+
+    @property
+    def final_metrics(self) -> dict[str, float]:
+        """The newest of each figure; of validation those of the weights that are the model."""
+        if self.final_weights != "best" or self.best is None:
+            return self.metrics
+        figures = {key: value for key, value in self.best.items() if key not in ("step", "weights")}
+        return self.metrics | {f"val/{key}": value for key, value in figures.items()}
 
     def candidate(self) -> nn.Module:
         """The weights that validation looks at."""

@@ -21,15 +21,12 @@ from jem.files import Location
 from orchestrator import events
 from orchestrator.config import shown
 from orchestrator.mlflow_run import MLflowRun, Registered, RunSpec
-from orchestrator.outbox import Outbox, Tags, legal_name
+from orchestrator.outbox import EVALUATED, Outbox, Tags, legal_name
 
 log = logging.getLogger(__name__)
 
 STATE_NAME = "uploaded.json"
 PARENT_TAG = "mlflow.parentRunId"
-EVALUATED = ("test/", "test_scaled/", "ood/", "noise", "val/temperature")
-"""Points that jobs/evaluate.py sends too: none of them was lost with a log."""
-
 _CHUNK = 256 * 1024  # bytes of log that are sent before it is remembered
 
 # How a run, or a trial of a sweep, ends in the log's words -> MLflow's. Anything else is a failure.
@@ -231,6 +228,7 @@ class Upload:
             if event["kind"] == "metrics"
             for key in event["metrics"]
         }
+        # what jobs/evaluate.py sends, too, was not lost with a log
         of_training = [point for point in has if not point.key.startswith(EVALUATED)]
         elsewhere = [point.step for point in of_training if (point.key, point.time, point.step) not in here]
         if elsewhere:  # sent without a checkpoint and lost with the other machine's log: run again here

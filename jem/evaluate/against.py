@@ -15,7 +15,7 @@ from jem.evaluate import calibration_intervals, ood
 from jem.evaluate.intervals import Statistic, bootstrap, estimate, mean_of, percentile_intervals
 from jem.evaluate.measured import Measured
 from jem.evaluate.report import SCHEMA, plain
-from jem.evaluate.robust_figures import wilson
+from jem.evaluate.robust_figures import beyond, wilson
 from jem.randomness import generator
 
 BINNED = ("ece", "ece_equal_mass", "mce", "ece_classwise")
@@ -79,7 +79,7 @@ def _of_attacks(reports: tuple[Report, ...], outputs: tuple[Measured, ...]) -> I
             ]
             for eps in (eps for eps in one["eps"] if eps in sections[1]["eps"]):
                 values = [section["accuracy"]["worst"][section["eps"].index(eps)] for section in sections]
-                statistics = [mean_of((norms > eps).double()[:, None]) for norms in found]
+                statistics = [mean_of(beyond(norms, eps).double()[:, None]) for norms in found]
                 name = f"robust{f'_k{k}' if k != '0' else ''}/{norm}/{eps:g}/worst/accuracy"
                 yield _row("robust", name, values, statistics, (len(found[0]),), "higher", 0)
 

@@ -108,6 +108,9 @@ def _samplers(
         return
     chains = buffer()
     finite = chains.isfinite().flatten(1).all(dim=1)
+    if not finite.any():
+        left_out["gen/buffer"] = f"none of the {len(chains):,} chains of the replay buffer is a number"
+        return
     lost = f"; {int((~finite).sum()):,} are no numbers" if not finite.all() else ""
     kept = chains[finite][generation.at_random(int(finite.sum()), sampled.n_samples(settings))].float()
     yield "buffer", (kept, f"the training's replay buffer, {len(kept):,} of its {len(chains):,} chains{lost}")

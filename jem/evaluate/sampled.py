@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import base64
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float, Shaped, UInt8
+from jaxtyping import Float, Int, Shaped, UInt8
 from torch import Tensor
 
 from jem.config import EvaluateConfig, JEMConfig
@@ -46,6 +47,21 @@ def evenly(total: int, most: int) -> Tensor:
     return torch.arange(min(total, most)) * total // min(total, most)
 
 
+def fairly(labels: Int[Tensor, " n"], most: int) -> Int[Tensor, " m"]:
+    """Rows, evenly spaced; at random, the same every time, where that would be a matter of how the classes come.
+
+    Of images whose classes come in turns every tenth one may be of one class. Spaced rows of shuffled or of sorted
+    images have as many of each class as there should be, within what chance makes (the chi-squared of Pearson).
+    """
+    rows = evenly(len(labels), most)
+    there = labels.bincount().double()
+    wanted = there * len(rows) / max(len(labels), 1)
+    off = labels[rows].bincount(minlength=len(there)).double() - wanted
+    chi_squared = (off.square() / wanted)[there > 0].sum().item()
+    free = max(int((there > 0).sum()) - 1, 1)
+    return rows if chi_squared <= free + 5 * math.sqrt(2 * free) else generation.at_random(len(labels), most)
+
+
 def gen_section(
     samplers: Mapping[str, tuple[Float[Tensor, "n c h w"], str]],
     data: DataSet,
@@ -58,10 +74,12 @@ def gen_section(
     Raises ConfigError where there is no extractor for these data.
     """
     extractor = extractor_for(config.data, data.image_shape, settings.generate.inception, device)
-    train, test = data.train.images, data.test.images[evenly(len(data.test), n_samples(settings))]
+    chosen = fairly(data.test.labels, n_samples(settings))
+    train, test = data.train.images, data.test.images[chosen]
     reference, _ = extractor.features(train)
     held_out = to_float(test, torch.float32)
-    copies_of_test = generation.nearest(held_out[evenly(len(test), SHOWN)], train, 1)[0].median().item()
+    shown = held_out[fairly(data.test.labels[chosen], SHOWN)]
+    copies_of_test = generation.nearest(shown, train, 1)[0].median().item()
     found = {}
     for name, (images, how) in (*samplers.items(), ("test", (held_out, "held-out images, not samples: the floor"))):
         distances, _ = generation.nearest(images[generation.at_random(len(images), SHOWN)], train, 1)
@@ -105,13 +123,16 @@ def chains_section(
     """
     by_name = dict(zip(generation.DIAGNOSTICS, rows.double().unbind(dim=2), strict=True))
     sgld = config.sgld
+    changes = sgld.final_step_size is not None or sgld.final_noise_scale is not None
     own, one = (by_name[f"acceptance_{which}"].mean(dim=0).tolist() for which in ("own", "one"))
     section: dict[str, Any] = {"n": len(rows), "length": training_length(config), "times": [*times], "steps": marks}
     section |= {name: _bands(by_name[name]) for name in ("energy", "grad_norm", "saturation")}
     return section | {
         "data_energy": _bands(data_energy.double()[:, None])[0],
         "acceptance": {
-            "temperature": sgld.noise_scale**2 / (2 * sgld.step_size),
+            "temperature": None
+            if changes
+            else sgld.noise_scale**2 / (2 * sgld.step_size),  # else each step has its own
             "own": [_number(value) for value in own],
             "one": [_number(value) for value in one],
         },

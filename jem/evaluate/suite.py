@@ -22,7 +22,7 @@ from jem.evaluate.measured import Measured, assemble
 from jem.evaluate.passes import Pass, baselines_left_out, needed, run_pass
 from jem.evaluate.report import figures
 from jem.evaluate.robustness import counts
-from jem.evaluate.sampled import evenly, n_samples
+from jem.evaluate.sampled import fairly, n_samples
 from jem.prior import fit_classes, make_prior, uniform
 from jem.randomness import generator
 from jem.train import ALONE
@@ -124,7 +124,7 @@ def prepare(network: nn.Module, data: DataSet, config: JEMConfig, settings: Eval
             extractor_for(config.data, data.image_shape, settings.generate.inception)  # now, not after all attacks
         more, without = _attacks_and_samples(config, settings)
         left_out |= without
-        rows = evenly(len(test), counts(settings).images)
+        rows = fairly(data.test.labels, counts(settings).images)
         labels = {"attacked": data.test.labels[rows], "noise": torch.arange(len(data.classes))}
         images |= {"attacked": test[rows], "noise": uniform((len(data.classes), *data.image_shape), _stream("distal"))}
         if config.objective.samples_needed:

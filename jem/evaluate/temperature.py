@@ -33,9 +33,10 @@ def fit_temperature(logits: Float[Tensor, "n c"], labels: Int[Tensor, " n"]) -> 
     """T > 0 that minimises the NLL of softmax(logits / T), found to the last digits; the same every time.
 
     The NLL is convex in b = 1 / T, with the derivative mean(E_p[f] - f_y) for p = softmax(b f): bisection in
-    log T on its sign cannot miss. Where there is no minimiser between 0.001 and 1000, `reason` says so:
+    log T on its sign cannot miss. Where there is no minimiser, or none from 0.001 on, `reason` says so:
     - no image is misclassified, so the NLL falls all the way to T = 0 and nothing says how sure is too sure: T is 1.
-    - the logits tell less than nothing, and the NLL falls all the way to T = infinity: T is 1000, p all but uniform.
+    - the logits tell less than nothing, and the NLL falls all the way to T = infinity: T is 1000 times their largest
+      difference, or 1000, and p all but uniform.
     - the logits are tiny: T is 0.001.
     Raises ValueError if there are no images, DivergedError if a logit is not finite.
     """
@@ -66,13 +67,14 @@ def minimiser(f: Float[Tensor, "n c"], labels: Int[Tensor, " n"]) -> tuple[float
         """Whether the NLL rises with T: its derivative in 1 / T is negative."""
         return bool(((above / math.exp(log_t)).softmax(dim=1) * above).sum() < 0)
 
-    low, high = math.log(LOWEST), math.log(HIGHEST)
+    highest = HIGHEST * max(1.0, above.abs().max().item())  # logits of any size may tell something
+    low, high = math.log(LOWEST), math.log(highest)
     if above.max() <= 0:
         return 1.0, "nothing is misclassified: the NLL falls all the way to T = 0"
     if rises(low):
         return LOWEST, "the logits are tiny: the NLL still falls at the lowest T"
     if not rises(high):
-        return HIGHEST, "the logits tell less than nothing: the NLL still falls at the highest T"
+        return highest, "the logits tell less than nothing: the NLL still falls at the highest T"
     while True:
         middle = (low + high) / 2
         if not low < middle < high:

@@ -43,10 +43,7 @@ SHARED = {
     "name": "the sweep names its trials",
     "seed": "every arm has the same seeds, from the sweep's seed= on",
     "seeds": "every arm has the same seeds, as many as the sweep's seeds=",
-    "init_from": "all trials start from the same weights",
-    "deterministic": "all trials run alike",
-    "recovery": "all trials are helped alike where they diverge",
-    **{key: SAME_FOR_ALL[key] for key in ("workers", "device", "storage_path", "tracking", "evaluate", "checkpoint")},
+    **{key: why for key, why in SAME_FOR_ALL.items() if key not in ("seed", "seeds", "name", "steps")},
 }
 """Settings, or groups of them, in which arms cannot differ, and why."""
 
@@ -137,19 +134,21 @@ def read_arms(
 def science_of(run: RunConfig, arms: tuple[Arm, ...]) -> dict[str, Any]:
     """What makes an ablation this one, flat, without what is as usual. Which arm is the baseline is part of it."""
     science: dict[str, Any] = {"seed": run.seed, "baseline": arms[0].name}
-    for group, usual, others in (
-        ("evaluate", EvaluateConfig(), NO_FIGURES),
-        ("recovery", RecoveryConfig(), NO_TRAINING),
-    ):
-        defaults = flatten(usual)
-        given = flatten(getattr(run, group)).items()
-        science |= {f"{group}.{k}": value for k, value in given if value != defaults[k] and k not in others}
+    defaults, given = flatten(EvaluateConfig()), flatten(run.evaluate).items()
+    science |= {f"evaluate.{k}": value for k, value in given if value != defaults[k] and k not in NO_FIGURES}
+    science |= recovery_of(run)
     for arm in arms:
         config = changed(run, arm.point)
         own = {key: value for key, value in config.science.items() if key != "seed" and value != DEFAULTS[key]}
         own |= {key: arm.point[key] for key in OWN_ALL_THE_SAME if key in arm.point}
         science[f"arms.{arm.name}"] = own | {"steps": config.steps}
     return science
+
+
+def recovery_of(run: RunConfig) -> dict[str, Any]:
+    """What of the recovery changes what comes of a run that diverges, without what is as usual."""
+    defaults, given = flatten(RecoveryConfig()), flatten(run.recovery).items()
+    return {f"recovery.{k}": value for k, value in given if value != defaults[k] and k not in NO_TRAINING}
 
 
 def _start(written: WrittenArm, run: RunConfig, fixed: Mapping[str, Entry], beside: Path) -> dict[str, Entry]:
@@ -180,7 +179,7 @@ def _reason(key: str) -> str | None:
     """Why arms cannot differ in a setting, if so."""
     if key in OWN_ALL_THE_SAME:
         return None
-    return SHARED.get(key.split(".")[0])
+    return SHARED.get(key) or SHARED.get(key.split(".")[0])
 
 
 def _misnamed(name: str, written: WrittenArm) -> Iterator[Problem]:

@@ -48,9 +48,9 @@ def compare(rows: Sequence[Row], reports: Mapping[str, TrialReport], arms: Seque
 
 
 def certain(difference: Mapping[str, Any]) -> bool:
-    """Whether the interval excludes 0."""
+    """Whether the interval excludes 0; one without width, of equal differences, says nothing."""
     low, high = difference["low"], difference["high"]
-    return low is not None and (low > 0 or high < 0)
+    return low is not None and low < high and (low > 0 or high < 0)
 
 
 def verdict_of(found: Comparison, rows: Sequence[Row]) -> str:
@@ -67,6 +67,10 @@ def verdict_of(found: Comparison, rows: Sequence[Row]) -> str:
     ended = f"{finished} of {n} trials finished" + (f" ({late} out of time)" if late else "")
     if not others:
         return f"{ended}."
+    if not base["finished"]:
+        return f"{ended}. {first} finished no seed, so that there is nothing to compare with."
+    if all(one["n"] < 2 for _, arm in others for one in arm["difference"].values()):
+        return f"{ended}. Differences from {first} are of one seed at most, and have no interval."
     return f"{ended}. Differs from {first}, paired by seed: {'; '.join(sure) or 'no arm with certainty'}."
 
 

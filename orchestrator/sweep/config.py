@@ -9,7 +9,7 @@ import dataclasses
 import difflib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -36,7 +36,7 @@ from orchestrator.config import (
     read_yaml,
     shareable,
 )
-from orchestrator.sweep.arms import SEARCHED, Arm, WrittenArm, gather_arms, read_arms, science_of
+from orchestrator.sweep.arms import SEARCHED, Arm, WrittenArm, gather_arms, read_arms, recovery_of, science_of
 from orchestrator.sweep.axes import Written, changed, gather, read_space
 from orchestrator.sweep.schedule import check, grid_trials, resolved, shared
 from orchestrator.sweep.space import Space, words
@@ -156,6 +156,7 @@ class Sweep:
     space: Space
     science: dict[str, Any]  # what makes it this sweep and no other; JSON
     stem: str  # of its file
+    final: Mapping[str, Any] = field(default_factory=dict)  # how the base is evaluated and registered: so is the winner
     arms: tuple[Arm, ...] = ()  # of an ablation, whose space is empty
 
     @property
@@ -165,7 +166,8 @@ class Sweep:
     @property
     def trials(self) -> int:
         """Of the search, the base's among them."""
-        return grid_trials(self.run, self.space) if self.config.searcher == "grid" else self.config.budget.trials
+        whole = self.config.searcher == "grid" and all(axis.kind == "grid" for axis in self.space)
+        return grid_trials(self.run, self.space) if whole else self.config.budget.trials
 
     def arm(self, name: str) -> Arm:
         return next(arm for arm in self.arms if arm.name == name)
@@ -220,7 +222,7 @@ def load_sweep(sweep: str, arguments: Sequence[str]) -> Sweep:
         written = read_yaml(path, OWN_GROUPS | {"space", "arms", "settings"}, problems, "sweep")
     except ConfigError as error:
         raise ConfigError([*error.problems, *problems]) from None
-    ablation = any(key.split(".")[0] == "arms" for key in [*written, *typed])
+    ablation = any(key.split(".")[0] == "arms" for key in [*written, *typed, *(p.key for p in problems)])
     in_file = _sorted(written, problems, typed=False, ablation=ablation)
     on_line = _sorted(typed, problems, typed=True, ablation=ablation)
     if "steps" in on_line.fixed:
@@ -253,9 +255,10 @@ def _search(
     if config is None or run is None:
         return None
     config = resolved(replace(config, base=base), run)
+    final = {"evaluate.suite": run.evaluate.suite, "evaluate.register": run.evaluate.register}
     run = override(run, shared(config, run, fixed))
     problems += _with_origins(check(config, run, space) if not found else [], own | fixed)
-    return Sweep(config, run, space, _science(config, run, space), path.stem)
+    return Sweep(config, run, space, _science(config, run, space), path.stem, final)
 
 
 def _ablation(
@@ -287,7 +290,7 @@ def _ablation(
         run = override(run, {"evaluate.register": False})
     problems += _with_origins([*(found if last >= 2**31 else []), *check(config, run, ())], own | fixed)
     science = dict(json.loads(json.dumps(science_of(run, arms))))
-    return Sweep(config, run, (), science, path.stem, arms)
+    return Sweep(config, run, (), science, path.stem, arms=arms)
 
 
 def _with_origins(problems: Sequence[Problem], entries: Mapping[str, Entry]) -> list[Problem]:
@@ -338,6 +341,7 @@ def _science(config: SweepConfig, run: RunConfig, space: Space) -> dict[str, Any
     used = {"none": (), "asha": ("grace_steps", "reduction_factor"), "pbt": ("interval_steps", "quantile")}
     science = {key: value for key, value in run.science.items() if key == "seed" or value != DEFAULTS[key]}
     science |= {key: value for key, value in measured.items() if key == "evaluate.every" or value != USUAL[key]}
+    science |= recovery_of(run)
     science |= {"steps": run.steps, "objective": config.objective, "searcher": config.searcher}
     science |= {f"scheduler.{key}": getattr(config.scheduler, key) for key in ("name", *used[config.scheduler.name])}
     science |= {"budget.trials": config.budget.trials}

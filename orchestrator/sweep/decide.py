@@ -12,13 +12,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.sweep.table import BASE, Row, fronts, measured, objectives
+from orchestrator.outbox import EVALUATED
+from orchestrator.sweep.table import BASE, OUT_OF_TIME, Row, fronts, measured, objectives
 from orchestrator.sweep.verdict import verdict
 
 if TYPE_CHECKING:
     from orchestrator.sweep.config import Sweep
 
-MEASURED = ("val/", "test/", "test_scaled/", "ood/", "noise")
+MEASURED = ("val/", *EVALUATED)
 """What metrics begin with that tell how good a model is, rather than how training went."""
 
 
@@ -62,7 +63,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Decision:
-    """`stage`: finalists, or search where nothing was trained again. `winner`: a candidate's name, if there is one."""
+    """`stage`: finalists, or search where none was trained to the end. `winner`: a candidate's name, if any."""
 
     sweep: str
     objective: list[str]
@@ -70,6 +71,7 @@ class Decision:
     candidates: list[Candidate]
     winner: str | None
     verdict: str
+    cut: list[int] = field(default_factory=list)  # seeds that time did not suffice for, and that count for nobody
 
     def of(self, name: str) -> Candidate | None:
         return next((candidate for candidate in self.candidates if candidate.name == name), None)
@@ -109,7 +111,9 @@ def over_seeds(rows: Iterable[Row]) -> dict[str, dict[str, Any]]:
 
 def decide(rows: Sequence[Row], sweep: Sweep) -> Decision:
     """The decision from the trials that are there, which may be called at any time."""
-    trained = [row for row in rows if row.stage == "finalists"]
+    again = [row for row in rows if row.stage == "finalists"]
+    cut = sorted({row.seed for row in again if row.status == OUT_OF_TIME})
+    trained = [row for row in again if row.seed not in cut]  # whoever has one seed more would be compared by luck
     stage = "finalists" if trained else "search"
     key = sweep.config.objective[0]
     if trained:
@@ -124,7 +128,7 @@ def decide(rows: Sequence[Row], sweep: Sweep) -> Decision:
     made = [_candidate(name, groups.get(name, []), groups.get(BASE, []), key, sign) for name in order]
     candidates = [candidate for candidate in made if candidate.seeds]
     winner = _winner(candidates, key, sign)
-    decision = Decision(sweep.name, list(sweep.config.objective), stage, candidates, winner, "")
+    decision = Decision(sweep.name, list(sweep.config.objective), stage, candidates, winner, "", cut)
     return replace(decision, verdict=verdict(decision, sign))
 
 
@@ -137,16 +141,14 @@ def winner_recipe(sweep: Sweep, decision: Decision, forks: Sequence[str] = ()) -
     import yaml
 
     from jem.settings import override
-    from orchestrator.config import load_run_config, to_yaml
+    from orchestrator.config import to_yaml
     from orchestrator.sweep.config import trial_config
     from orchestrator.sweep.space import words
 
     winner = decision.of(decision.winner or "")
     if winner is None:
         raise ValueError(f"sweep {sweep.name}: no trial finished, so that there is no winner to write as a recipe")
-    base = load_run_config(sweep.config.base, []).evaluate
-    own = {"evaluate.suite": base.suite, "evaluate.register": base.register}
-    settings = yaml.safe_load(to_yaml(override(trial_config(sweep, winner.point), own)))
+    settings = yaml.safe_load(to_yaml(override(trial_config(sweep, winner.point), sweep.final)))
     for key in ("name", "storage_path", "tracking"):  # of the trial, not of what it trained
         del settings[key]
     head = [
@@ -164,10 +166,12 @@ def spread(values: Mapping[int, float]) -> Spread:
     """Mean and 95 % t-interval of what the seeds gave (at least one)."""
     from scipy import stats
 
-    n = len(values)
+    n, size = len(values), max(map(abs, values.values()))
     mean = math.fsum(values.values()) / n
     if n < 2:
         return Spread(mean, None, None, dict(values))
+    if max(values.values()) - min(values.values()) <= 1e-12 * size:  # equal, but for the rounding of a difference
+        return Spread(mean, mean, mean, dict(values))
     deviation = math.sqrt(math.fsum((x - mean) ** 2 for x in values.values()) / (n - 1))
     half = float(stats.t.ppf(0.975, n - 1)) * deviation / math.sqrt(n)
     return Spread(mean, mean - half, mean + half, dict(values))
@@ -193,7 +197,8 @@ def _candidate(name: str, rows: Sequence[Row], base: Sequence[Row], key: str, si
         failed=statuses.count("failed"),
         metrics=metrics,
         against_base=paired,
-        beats_base=bool(ends) and all(sign * end < 0 for end in ends) and finished == len(rows),
+        # equal differences have an interval without width, which is no certainty: accuracies are multiples of 1/n
+        beats_base=len(set(ends)) > 1 and all(sign * end < 0 for end in ends) and finished == len(rows),
     )
 
 

@@ -12,7 +12,7 @@ import psutil
 from jem.evaluate.others import check_sets
 from jem.files import Location
 from jem.settings import digest
-from orchestrator.config import check_folder, load_run_config, shown
+from orchestrator.config import check_folder, shown
 from orchestrator.outbox import RUN_ID
 from orchestrator.published import workbench
 from orchestrator.ray_cluster import cores, ray_session, tell_of_gpus
@@ -32,7 +32,7 @@ from orchestrator.sweep.resources import Fit, fit
 from orchestrator.sweep.session import Record, Session, open_folder, shortened
 from orchestrator.sweep.space import points
 from orchestrator.sweep.summary import summary
-from orchestrator.sweep.table import Row, counts, read_trials, write_tables
+from orchestrator.sweep.table import GOING_ON, OUT_OF_TIME, STAGES, Row, counts, read_trials, write_tables
 from orchestrator.sweep.trial import CLOSING, TRIALS, Setting, Trial, search_trial
 from orchestrator.upload import newest_model
 
@@ -56,7 +56,7 @@ class SweepResult(Result):
 def run_sweep(sweep: Sweep, fresh: bool = False) -> SweepResult:
     """Search, train the finalists, decide; or go on with that; or read out what came of it."""
     check_folder(sweep.run)
-    if load_run_config(sweep.config.base, []).evaluate.suite != "none":
+    if sweep.final["evaluate.suite"] != "none":
         check_sets(sweep.run.evaluate.sets, sweep.run.data)  # of the winner: now, not when all is trained
     storage = storage_of(trial_config(sweep, {}, name=sweep.name))
     root = storage / sweep.name
@@ -77,6 +77,7 @@ class Search(Session[SweepResult]):
         params |= {"objective": ", ".join(config.objective), "searcher": config.searcher}
         params |= {"scheduler": config.scheduler.name, "steps": str(sweep.run.steps), "seed": str(config.seed)}
         super().__init__(sweep, storage, root, record, params, {"digest": digest(sweep.science)})
+        self.finalists: list[Trial] = []  # that are asked for, once that is known
 
     def recipe(self) -> tuple[str, str]:
         return "sweep.yaml", to_yaml(self.sweep)
@@ -95,8 +96,6 @@ class Search(Session[SweepResult]):
             setting = Setting(sweep, self.root, cluster, config.resources.cpu, init_from)
 
             def stage(name: str, trials: Sequence[Trial], n: int, reserve: int, until: int | None = None) -> None:
-                if name in self.record.stages:
-                    return
                 trials = [replace(trial, until=until) for trial in trials]
                 self.run_stage(name, trials, setting, fitting, n, reserve)
                 if until is not None:
@@ -108,23 +107,39 @@ class Search(Session[SweepResult]):
             finals = (1 + config.finalists) * config.seeds if config.finalists else 0
             trials = self._candidates()
             for stretch in stretches(sweep):
-                stage(stretch.name, trials, sweep.trials, finals, stretch.until)
-            chosen = decide.finalists(read_trials(self.root), sweep)
-            trials = [
-                Trial(f"f-{name}-s{seed}", "finalists", number, name, point, seed)
-                for number, (seed, (name, point)) in enumerate(
-                    (config.seed + 1 + k, candidate) for k in range(config.seeds) for candidate in chosen
-                )
-            ]
-            if trials:
-                stage("finalists", trials, len(trials), 0)
+                if stretch.name not in self.record.stages:
+                    stage(stretch.name, trials, sweep.trials, finals, stretch.until)
+            self.finalists = self._finalists()
+            if any(row.status in GOING_ON for row in self._rows() if row.stage == "finalists"):
+                (self.root / "tune" / "finalists").remove()  # others may be asked for now; the runs know how far
+                stage("finalists", self.finalists, len(self.finalists), 0)
             rows = self._rows()
             decision = decide.decide(rows, sweep)
             return {"status": "finished", "decision": decision, **self._crown(rows, decision, setting, fitting)}
 
+    def _finalists(self) -> list[Trial]:
+        """Those that are asked for, seed by seed, the base first."""
+        config, chosen = self.sweep.config, decide.finalists(read_trials(self.root), self.sweep)
+        seeded = [(config.seed + 1 + k, candidate) for k in range(config.seeds) for candidate in chosen]
+        return [
+            Trial(f"f-{name}-s{seed}", "finalists", number, name, point, seed)
+            for number, (seed, (name, point)) in enumerate(seeded)
+        ]
+
     def _rows(self) -> list[Row]:
-        """The trials; the winner has finished, also while it is measured, or where that was interrupted."""
-        return [self._whole(row) if row.name == self.record.winner else row for row in read_trials(self.root)]
+        """The trials; the winner has finished, also while it is measured, or where that was interrupted.
+
+        A row for each finalist that is asked for, begun or not; of others, those that have ended.
+        """
+        rows = [self._whole(row) if row.name == self.record.winner else row for row in read_trials(self.root)]
+        if not self.finalists:
+            return rows
+        asked = {trial.name: trial for trial in self.finalists}
+        rows = [r for r in rows if r.stage != "finalists" or r.name in asked or r.status not in GOING_ON]
+        for name in asked.keys() - {row.name for row in rows}:
+            beside = (asked[name].number, asked[name].candidate, asked[name].point, asked[name].seed)
+            rows.append(Row(name, "finalists", *beside, OUT_OF_TIME, "not begun"))
+        return sorted(rows, key=lambda row: (STAGES.index(row.stage), row.number, row.name))
 
     def _whole(self, row: Row) -> Row:
         """Its result is that of the training until the measurement has one; its log may be on another machine."""
@@ -154,8 +169,7 @@ class Search(Session[SweepResult]):
             return {"status": status_of(came, rows, self.root), "message": message_of(came, rows, "no trial finished")}
         sign = 1 if OBJECTIVES[objective].mode == "max" else -1
         row = max(own, key=lambda r: sign * r.metrics[objective])
-        folder, base = self.root / TRIALS / row.name, load_run_config(self.sweep.config.base, []).evaluate
-        measure = {"evaluate.suite": base.suite, "evaluate.register": base.register}
+        folder, measure = self.root / TRIALS / row.name, dict(self.sweep.final)
         trial = Trial(row.name, row.stage, row.number, row.candidate, row.point, row.seed, measure=measure)
         before = read_record(folder)
         assert before is not None
@@ -229,7 +243,8 @@ class Search(Session[SweepResult]):
 
 def _asked(sweep: Sweep) -> dict[str, Any]:
     config = sweep.config
-    return {"seeds": config.seeds, "finalists": config.finalists, "budget.minutes": config.budget.minutes}
+    asked = {"seeds": config.seeds, "finalists": config.finalists, "budget.minutes": config.budget.minutes}
+    return asked | {"workers": str(sweep.run.workers), "deterministic": sweep.run.deterministic}
 
 
 def _tell_of_changes(sweep: Sweep, record: Record) -> None:

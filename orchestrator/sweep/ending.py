@@ -62,7 +62,11 @@ def close_lost(sweep: Sweep, root: Location, lost: Mapping[str, str], trials: Se
     known = {trial.name: trial for trial in trials}
     for name, why in lost.items():
         folder, trial = root / TRIALS / name, known.get(name)
-        record = read_record(folder)
+        try:
+            record = read_record(folder)
+        except ConfigError as error:  # damaged: it counts as failed, and says why
+            log.warning("%s", error)
+            continue
         if record is None and trial is None:  # suggested as the search went on: its settings went with it
             log.warning("trial %s could not begin: %s", name, why)
         if record is None and trial is not None:

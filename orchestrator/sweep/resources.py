@@ -39,8 +39,11 @@ class _Need:
 
     @property
     def trials(self) -> float:
-        most = self.there / self.each + SLACK if self.each else math.inf
-        return math.floor(most) if math.isfinite(most) else most
+        if not self.each:
+            return math.inf
+        if self.what == "GPUs" and self.each < 1:  # none of them is of two GPUs
+            return math.floor(self.there) * math.floor(1 / self.each + SLACK)
+        return math.floor(self.there / self.each + SLACK)
 
     def sum(self, trials: int, workers: int) -> str:
         """Trials x (driver + workers): a trial's driver only waits, and takes nothing."""
@@ -74,7 +77,8 @@ def fit(sweep: Sweep, cpus: float, gpus: float, memory_gib: float, grows: bool =
             f"is {config.resources.label!r}: machines of that kind are a cluster's; set RAY_ADDRESS, or leave it out"
         )
         raise ConfigError([Problem("resources.label", message)])
-    limits: dict[str, float] = {"the arms" if sweep.arms else "budget.trials": sweep.trials}
+    finals = (1 + config.finalists) * config.seeds if config.finalists else 0
+    limits: dict[str, float] = {"the arms" if sweep.arms else "budget.trials": max(sweep.trials, finals)}
     if not grows or config.concurrency is None:
         problems = list(_impossible(needs, workers, config.concurrency, grows))
         if problems:

@@ -60,7 +60,7 @@ def measured_every(config: SweepConfig, run: RunConfig) -> int:
 
 def check(config: SweepConfig, run: RunConfig, space: Space) -> list[Problem]:
     """What does not go together, with the origins of axes only."""
-    return [*_scheduler(config, run, space), *_grid(config, run, space), *_gpus(config, run)]
+    return [*_scheduler(config, run, space), *_grid(config, run, space), *_gpus(config, run), *_seeds(config)]
 
 
 def _scheduler(config: SweepConfig, run: RunConfig, space: Space) -> Iterator[Problem]:
@@ -104,7 +104,8 @@ def _grid(config: SweepConfig, run: RunConfig, space: Space) -> Iterator[Problem
         message = "is grid, but no axis is one; write grid: [...] for one at least, or use searcher=random"
         yield Problem("searcher", message)
     else:
-        needed = grid_trials(run, space)
+        whole = all(axis.kind == "grid" for axis in space)
+        needed = grid_trials(run, space) if whole else 1 + len(grid(space))
         if config.budget.trials < needed:
             message = f"is {config.budget.trials}, must be at least {needed}: each point of the grid, and the base"
             yield Problem("budget.trials", message)
@@ -114,6 +115,13 @@ def grid_trials(run: RunConfig, space: Space) -> int:
     """A trial for each point of a grid that there can be, and the base's."""
     points = grid(space)
     return 1 + (len(points) if len(points) > COUNTED else sum(valid(run, point) for point in points))
+
+
+def _seeds(config: SweepConfig) -> Iterator[Problem]:
+    last = config.seed + config.seeds
+    if config.finalists and last >= 2**31:
+        message = f"is {config.seed}, too large: the last of the finalists' {config.seeds}, {last}, must be below 2**31"
+        yield Problem("seed", message)
 
 
 def _gpus(config: SweepConfig, run: RunConfig) -> Iterator[Problem]:

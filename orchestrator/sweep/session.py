@@ -30,7 +30,7 @@ from orchestrator.published import clear_workbench, publish, workbench
 from orchestrator.result import Result
 from orchestrator.runs import read_record, set_aside
 from orchestrator.signals import StopSignals
-from orchestrator.survey import log_of
+from orchestrator.survey import holder, log_of
 from orchestrator.sweep.config import Sweep
 from orchestrator.sweep.ending import close_lost
 from orchestrator.sweep.overseer import Overseer
@@ -193,8 +193,10 @@ class Session(ABC, Generic[R]):
         return self.overseer.watching(self.spent, self.began, reserve)
 
     def trial_spec(self, name: str) -> RunSpec | None:
-        """A trial as a run of MLflow; None before its run.json is written."""
-        record = read_record(self.root / TRIALS / name)
+        """A trial as a run of MLflow; None before its run.json is written, or where that is damaged."""
+        record = None
+        with suppress(ConfigError):
+            record = read_record(self.root / TRIALS / name)
         if record is None:
             return None
         tags = {self.record.kind: self.record.name, "folder": (self.root / TRIALS / name).uri}
@@ -254,8 +256,9 @@ class Session(ABC, Generic[R]):
             time.sleep(ASK_EVERY_S)
 
     def _all_stopped(self) -> bool:
+        """A trial that was killed with an earlier driver says that it runs, and nobody holds it."""
         with suppress(OSError):
-            return not self._running()
+            return not any(holder(self.root / TRIALS / row.name) for row in self._running())
         return False
 
 

@@ -166,7 +166,7 @@ def words(value: Any) -> str:
     """A value for people: short, and as the command line takes it."""
     if value is None or isinstance(value, str):
         return value or "none"
-    return f"{value:.4g}" if isinstance(value, float) else json.dumps(plain(value))
+    return f"{value:.4g}" if isinstance(value, float) else json.dumps(plain(value), default=str)
 
 
 def _extended(axis: Axis, point: dict[str, Any]) -> Iterator[dict[str, Any]]:

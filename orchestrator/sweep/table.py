@@ -34,7 +34,9 @@ FIXED = (SEEDS, ABLATION)
 
 STAGES = ("search", SEEDS, ABLATION, "finalists")
 
-GOING_ON = ("running", "waiting", "stopped", "out of time")
+OUT_OF_TIME = "out of time"
+
+GOING_ON = ("running", "waiting", "stopped", OUT_OF_TIME)
 """Statuses of trials that are not over: one waits to be compared, a stopped one goes on with the sweep."""
 
 STATUSES = ("finished", "pruned", "diverged", "failed", *GOING_ON)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import socket
@@ -18,13 +19,17 @@ from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 
 from jem.errors import DataError
+from jem.files import Location
+from orchestrator.curves import read_series
 from orchestrator.shared import NOT_SHARED, Word, apart, sees, word_in
+from orchestrator.survey import log_of
 from orchestrator.sweep.axes import valid
 from orchestrator.sweep.config import OBJECTIVES, Sweep
 from orchestrator.sweep.orphans import freeing_orphans
 from orchestrator.sweep.resources import SHARE, Fit
-from orchestrator.sweep.space import draw
-from orchestrator.sweep.trial import Setting, Trial, Work, search_trial
+from orchestrator.sweep.shared_log import Following
+from orchestrator.sweep.space import draw, points
+from orchestrator.sweep.trial import TRIALS, Setting, Trial, Work, search_trial
 
 RESTARTS = 3
 """How often a trial is started again whose process has died."""
@@ -139,20 +144,36 @@ class Suggestions(Limited):
         space = partial(draw, sweep.space)
         self.inner = OptunaSearch(space, metric=metric, mode=mode, seed=sweep.config.seed)
         self.inner_ids: dict[str, str] = {}  # Optuna's trial of one of Tune's; the base has none
+        self.names: dict[str, str] = {}  # of the points, by Tune's trials
+        self.seen: dict[str, dict[str, float] | None] = {}  # what came of a point; None: not yet known
 
-    def next_trial(self, trial_id: str) -> Trial:
-        return search_trial(self.sweep, self.count, self._drawn(trial_id) if self.count else {})
+    def next_trial(self, trial_id: str) -> Trial | None:
+        point = self._drawn(trial_id) if self.count else {}
+        return None if point is None else search_trial(self.sweep, self.count, point)
 
-    def _drawn(self, trial_id: str) -> dict[str, Any]:
-        """A point that can be: Optuna is told that others are bad, and asked again."""
+    def _drawn(self, trial_id: str) -> dict[str, Any] | None:
+        """A point that can be and was not tried yet, of which Optuna is told what is known, and asked again.
+
+        Where it has no other idea one is drawn at random; None: there are no more.
+        """
         keys = {axis.key for axis in self.sweep.space}
         for again in range(DRAWS):
             inner_id = f"{trial_id}-{again}"
             point = {key: value for key, value in self.inner.suggest(inner_id).items() if key in keys}
-            if valid(self.sweep.run, point):
-                break
-            self.inner.on_trial_complete(inner_id, self.worst)
-        self.inner_ids[trial_id] = inner_id
+            name, can_be = json.dumps(point, sort_keys=True), valid(self.sweep.run, point)
+            if can_be and name not in self.seen:
+                self.inner_ids[trial_id] = inner_id
+                return self._noted(trial_id, point)
+            known = self.seen.get(name) if can_be else self.worst
+            self.inner.on_trial_complete(inner_id, known, error=known is None)
+        space, run, seed = self.sweep.space, self.sweep.run, self.sweep.config.seed
+        drawn = points(space, "random", len(self.seen) + 1, seed, lambda point: valid(run, point))
+        others = [point for point in drawn if json.dumps(point, sort_keys=True) not in self.seen]
+        return self._noted(trial_id, others[0]) if others else None
+
+    def _noted(self, trial_id: str, point: dict[str, Any]) -> dict[str, Any]:
+        self.names[trial_id] = json.dumps(point, sort_keys=True)
+        self.seen[self.names[trial_id]] = None
         return point
 
     @property
@@ -161,11 +182,12 @@ class Suggestions(Limited):
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         super().on_trial_complete(trial_id)
-        if trial_id not in self.inner_ids:
-            return
         if error or not result or any(key not in result for key in self.sweep.config.objective):
             result = self.worst
-        self.inner.on_trial_complete(self.inner_ids[trial_id], result)
+        if trial_id in self.names:
+            self.seen[self.names[trial_id]] = {key: result[key] for key in self.sweep.config.objective}
+        if trial_id in self.inner_ids:
+            self.inner.on_trial_complete(self.inner_ids[trial_id], result)
 
 
 def run_stage(stage: str, trials: Sequence[Trial], setting: Setting, fit: Fit) -> dict[str, str]:
@@ -216,7 +238,7 @@ def _tuner(stage: str, trials: Sequence[Trial], setting: Setting, fit: Fit, trai
         tune_config=tune.TuneConfig(
             num_samples=len(trials) or sweep.config.budget.trials,
             search_alg=Given(trials) if trials else Suggestions(sweep),
-            scheduler=scheduler(sweep) if stage == "search" else None,
+            scheduler=scheduler(sweep, setting.root) if stage == "search" else None,
             reuse_actors=True,
             trial_name_creator=_name,
             trial_dirname_creator=_name,
@@ -231,14 +253,15 @@ def _tuner(stage: str, trials: Sequence[Trial], setting: Setting, fit: Fit, trai
     )
 
 
-def scheduler(sweep: Sweep) -> TrialScheduler | None:
-    """What ends trials early."""
+def scheduler(sweep: Sweep, root: Location) -> TrialScheduler | None:
+    """What ends trials early; `root` is the sweep's folder."""
     config = sweep.config.scheduler
     if config.name != "asha":
         return None
     assert config.grace_steps is not None
     objective = OBJECTIVES[sweep.config.objective[0]]
-    return ASHAScheduler(
+    return Rungs(
+        root,
         time_attr="step",
         metric=objective.key,
         mode=objective.mode,
@@ -246,6 +269,30 @@ def scheduler(sweep: Sweep) -> TrialScheduler | None:
         grace_period=config.grace_steps,
         reduction_factor=config.reduction_factor,
     )
+
+
+class Rungs(ASHAScheduler):  # type: ignore[misc]
+    """ASHA that learns from the trials' logs what they have shown before: Tune forgets it with the driver.
+
+    Without it a trial that goes on would enter the rungs that it has passed with what it shows now, and those that
+    are not so far would be compared with that.
+    """
+
+    def __init__(self, root: Location, **keywords: Any) -> None:
+        super().__init__(**keywords)
+        self.root = root
+
+    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+        super().on_trial_add(tune_controller, trial)
+        shown = read_series(self._log(_name(trial))).get(str(self._metric), {})
+        for step, value in sorted(shown.items()):
+            if step < self._max_t:  # what it ends with is told when it ends
+                self.on_trial_result(tune_controller, trial, {str(self._time_attr): step, str(self._metric): value})
+
+    def _log(self, name: str) -> Path:
+        trial = self.root / TRIALS / name
+        Following().catch_up(trial)
+        return log_of(trial)
 
 
 def _told(error: BaseException) -> str:

@@ -35,19 +35,22 @@ def _sentences(decision: Decision, sign: float) -> Iterator[str]:
     if winner is None:
         yield f"Nothing can be decided: no trial finished with a {key}."
     elif decision.stage == "search":
-        yield from _of_search(key, winner, base)
+        yield from _of_search(key, winner, base, bool(decision.cut))
     elif base is None or key not in base.metrics:
         seeds = f"{base.finished if base else 0} of its {_count(len(base.seeds) if base else 0, 'seed')}"
         best = f"the best {key} is that of {winner.name}, {figures(winner.metrics[key].mean)[0]}"
         yield f"No candidate can be compared with the base, which finished {seeds}: {best}."
     else:
         yield from _of_finalists(decision, key, winner, base, sign)
+    if decision.cut:
+        seeds = f"{_count(len(decision.cut), 'seed')} ({', '.join(map(str, decision.cut))})"
+        yield f"budget.minutes did not suffice for {seeds} of all finalists: what was trained of them counts for none."
     incomplete = [candidate for candidate in decision.candidates if not candidate.complete]
     if decision.stage == "finalists" and incomplete:
         yield f"Not all seeds finished: {', '.join(map(_incomplete, incomplete))}; one that finished all is preferred."
 
 
-def _of_search(key: str, winner: Candidate, base: Candidate | None) -> Iterator[str]:
+def _of_search(key: str, winner: Candidate, base: Candidate | None, cut: bool) -> Iterator[str]:
     there = base is not None and key in base.metrics
     ours, theirs = figures(winner.metrics[key].mean, base.metrics[key].mean if base and there else None)
     if winner.name == BASE:
@@ -56,7 +59,8 @@ def _of_search(key: str, winner: Candidate, base: Candidate | None) -> Iterator[
         yield f"{winner.name} has the best {key} of the search, {ours}" + (
             f" against the base's {theirs}." if there else "; the base did not finish."
         )
-    yield "That is one seed each, without an interval, and the best of many is partly luck: no finalists were trained."
+    none = "no finalists were trained" + (" to the end" if cut else "")
+    yield f"That is one seed each, without an interval, and the best of many is partly luck: {none}."
 
 
 def _of_finalists(decision: Decision, key: str, winner: Candidate, base: Candidate, sign: float) -> Iterator[str]:

@@ -16,7 +16,7 @@ from jem.evaluate import robustness
 from jem.evaluate.attacks import NORMS, is_wrong, margin, norm_of, of_foolbox, pgd, project, square
 from jem.evaluate.extractors import WEIGHTS, lenet
 from jem.evaluate.refined import differentiable, refined
-from jem.evaluate.robust_figures import accuracy_at, wilson
+from jem.evaluate.robust_figures import _rounded, accuracy_at, wilson
 from jem.evaluate.smallest import Smallest
 from jem.sgld import sgld_chain
 
@@ -345,5 +345,11 @@ def test_intervals_of_shares_are_wilsons(hits, n):
 
 
 def test_an_adversarial_at_eps_itself_counts_and_one_beyond_does_not():
-    found = torch.tensor([0.0, 0.2, 0.2000001, math.inf], dtype=torch.float64)
+    found = torch.tensor([0.0, 0.2, 0.20001, math.inf], dtype=torch.float64)
     assert accuracy_at(found, 0.2)[0] == 0.5
+
+
+@pytest.mark.parametrize("levels", [1, 2, 3, 4, 8, 16])
+def test_an_eps_of_more_digits_than_are_kept_is_rounded_as_the_norms_are(levels):
+    eps = levels / 255
+    assert accuracy_at(_rounded(torch.tensor([eps, eps * 1.001])), eps)[0] == 0.5

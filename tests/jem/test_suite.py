@@ -27,6 +27,7 @@ from jem.evaluate.measured import Measured
 from jem.evaluate.passes import Part, Pass, run_pass
 from jem.evaluate.report import plain
 from jem.evaluate.robustness import distal
+from jem.evaluate.sampled import evenly, fairly
 from jem.evaluate.sets import interpolations
 from jem.evaluate.suite import compute_here, evaluate, prepare
 from jem.world import World
@@ -394,6 +395,27 @@ def test_chains_that_are_looked_at_are_of_all_classes_though_these_come_in_turns
     found = torch.bincount(rows % 10, minlength=10)
     assert abs(found - most / 10).max() < 4 * (most * 0.1 * 0.9) ** 0.5
     assert torch.equal(at_random(most, total), torch.arange(most)), "all there are"
+
+
+@pytest.mark.parametrize("order", ["in turns", "sorted", "shuffled"])
+def test_the_images_that_are_attacked_are_of_all_classes_however_these_come(order, generator):
+    labels = torch.arange(1000) % 10
+    labels = {"in turns": labels, "sorted": labels.sort()[0], "shuffled": labels[torch.randperm(1000)]}[order]
+    rows = fairly(labels, 100)
+    assert len(rows.unique()) == 100
+    assert torch.equal(rows, fairly(labels, 100))
+    counts = labels[rows].bincount(minlength=10)
+    assert counts.min() >= 2
+    assert counts.max() <= 22
+    assert torch.equal(rows, evenly(1000, 100)) == (order != "in turns")
+
+
+def test_a_buffer_without_a_single_number_is_left_out(data):
+    net = trained(data)
+    lost = torch.full((20, 1, 4, 4), math.nan)
+    report, measured = evaluate(net, data, CONFIG, FEW, compute_here(net, CONFIG, FEW, World(), LIKE), lambda: lost)
+    assert report["left_out"]["gen/buffer"] == "none of the 20 chains of the replay buffer is a number"
+    assert list(measured.samples) == ["fresh"]
 
 
 def test_a_buffer_is_said_to_be_missing_where_there_is_none(data):

@@ -47,7 +47,7 @@ def test_scaling_never_raises_the_nll_it_was_fitted_on_and_keeps_every_answer(ro
     logits = scale * torch.tensor([row for row, _ in rows], dtype=torch.float64)
     labels = torch.tensor([label for _, label in rows])
     found = fit_temperature(logits, labels)
-    assert LOWEST * (1 - 1e-9) <= found.value <= HIGHEST
+    assert LOWEST * (1 - 1e-9) <= found.value <= HIGHEST * max(1, 80 * scale)
     assert found.nll_after <= found.nll_before
     assert found.nll_before == nll(logits, labels)
     assert found.nll_after == nll(logits / found.value, labels)
@@ -77,8 +77,16 @@ def test_validation_images_that_are_all_right_leave_the_confidence_alone():
 def test_logits_that_point_away_from_the_labels_are_flattened():
     logits = torch.tensor([[3.0, 0.0], [0.0, 1.0]])
     found = fit_temperature(logits, torch.tensor([1, 0]))
-    assert found.value == HIGHEST
+    assert found.value == 3 * HIGHEST
     assert found.nll_after == pytest.approx(math.log(2), abs=2e-3)
+
+
+@pytest.mark.parametrize("scale", [1e3, 1e5, 1e9])
+def test_large_logits_that_tell_something_are_fitted_however_large(scale, generator):
+    logits, labels = drawn(2000, generator, 1.0)
+    found, usual = fit_temperature(logits * scale, labels), fit_temperature(logits, labels)
+    assert (found.reason, found.value) == ("fitted", pytest.approx(usual.value * scale, rel=1e-6))
+    assert found.nll_after == pytest.approx(usual.nll_after, rel=1e-6)
 
 
 def test_what_cannot_be_fitted_is_refused_with_the_reason():

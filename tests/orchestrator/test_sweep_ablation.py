@@ -189,7 +189,7 @@ def test_of_one_seed_there_are_means_and_differences_without_intervals(store, th
     assert short["figures"]["test/nll"] == {"mean": figures("short", 0)["test/nll"], "low": None, "high": None, "n": 1}
     expected = figures("short", 0)["test/nll"] - figures("plain", 0)["test/nll"]
     assert short["difference"]["test/nll"] == {"mean": expected, "low": None, "high": None, "n": 1}
-    assert result.verdict.endswith("paired by seed: no arm with certainty.")
+    assert result.verdict.endswith("Differences from plain are of one seed at most, and have no interval.")
     assert result.intervals == {}
 
 

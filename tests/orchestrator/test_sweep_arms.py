@@ -178,7 +178,7 @@ def test_arms_are_added_changed_and_removed_on_the_command_line(tmp_path):
         "decay": {"optimizer.weight_decay": 0.001, "steps": 9},
         "whole": {"sgld.steps": 4, "optimizer.clip_norm": 1.0},
         "other": {
-            **{"model.activation": "leaky_relu", "data.validation_size": 300, "sgld.steps": 3, "steps": 1200},
+            **{"model.activation": "leaky_relu", "sgld.steps": 3, "steps": 1200},
             **{"optimizer.learning_rate": 0.005, "optimizer.decay_steps": [1000], "optimizer.decay_rate": 0.1},
         },
     }

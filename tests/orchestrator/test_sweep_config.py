@@ -362,6 +362,10 @@ def test_a_condition_makes_possible_what_alone_is_not(file):
         (("objective=val/acuracy",), "objective: is 'val/acuracy', must be one of val/accuracy, val/nll, val/ece"),
         (("objective=[val/nll, val/nll]",), "must be one figure or several different ones"),
         (("objective=[]",), "must be one figure or several different ones"),
+        (("space.init_from.choice=[none, /x.pt]",), "cannot be searched: all trials start from the same weights"),
+        (("space.recovery.max.int=[1, 3]",), "cannot be searched: all trials are helped alike where they diverge"),
+        ((f"seed={2**31 - 1}",), "too large: the last of the finalists' 5"),
+        (("space.sgld.steps.choice=[2020-01-01]",), "2020-01-01"),
         (
             ("objective=[val/nll, val/ece]", "scheduler.name=asha"),
             "compares trials by one objective; use none, or one objective",

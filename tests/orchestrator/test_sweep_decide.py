@@ -155,6 +155,33 @@ def test_where_no_candidate_finished_all_seeds_the_one_with_the_most_wins(tmp_pa
     assert decision.winner == "t002"
 
 
+def test_seeds_that_time_did_not_suffice_for_count_for_nobody(tmp_path):
+    """The base comes first within each seed: who has one seed more is compared by luck."""
+    base, better = (0.50, 0.52, 0.01), (0.40, 0.44, "out of time")
+    decision, _ = decided(tmp_path, base=base, t001=better)
+    assert (decision.winner, decision.cut) == ("t001", [3])
+    assert [c.seeds for c in decision.candidates] == [[1, 2], [1, 2]]
+    assert "budget.minutes did not suffice for 1 seed (3) of all finalists" in decision.verdict
+    assert "Not all seeds finished" not in decision.verdict
+
+
+def test_where_no_seed_was_trained_by_all_the_search_decides(tmp_path):
+    made_trial(tmp_path, "t000", {}, metrics={"val/nll": 0.3})
+    made_trial(tmp_path, "t001", POINT, metrics={"val/nll": 0.2})
+    decision, _ = decided(tmp_path, base=(0.1,), t001=("out of time",))
+    assert (decision.stage, decision.winner) == ("search", "t001")
+    assert "no finalists were trained to the end. budget.minutes did not suffice for 1 seed (1)" in decision.verdict
+
+
+@pytest.mark.parametrize(("base", "other"), [((0.50, 0.60), (0.49, 0.59)), ((0.1, 0.2, 0.3), (0.0, 0.1, 0.2))])
+def test_equal_differences_are_no_certainty(tmp_path, base, other):
+    decision, _ = decided(tmp_path, base=base, t001=other)
+    paired = decision.of("t001").against_base
+    assert paired.low == paired.high == paired.mean
+    assert not decision.of("t001").beats_base
+    assert decision.verdict.startswith("No candidate beats the base")
+
+
 def test_without_a_base_that_finished_nothing_is_compared(tmp_path):
     decision, _ = decided(tmp_path, base=("diverged",) * 3, t001=BETTER[:3])
     assert decision.winner == "t001"
@@ -199,11 +226,13 @@ def test_a_decision_is_json(tmp_path):
 def test_over_seeds_are_all_measured_figures_of_the_finished_runs(tmp_path):
     for seed, figure in enumerate((0.1, 0.2, 0.3)):
         metrics = {"test/nll": figure, "ood/interp/log_px/auroc": 0.9, "val/nll": figure, "train/loss": 1.0}
+        metrics |= {"robust/linf/0.1/worst/accuracy": 0.5, "robust_k10/clean/accuracy": 0.9}
+        metrics |= {"gen/fresh/fid_lenet": 2.0, "chains/1x/energy": 1.0}
         made_trial(tmp_path, f"s{seed}", {}, metrics=metrics, stage="seeds", candidate="base", seed=seed)
     made_trial(tmp_path, "s3", {}, "failed", {"test/nll": 7.0}, stage="seeds", seed=3, message="no room")
     rows = read(tmp_path)
     found = over_seeds(rows)
-    assert set(found) == {"test/nll", "ood/interp/log_px/auroc", "val/nll"}
+    assert set(found) == {*metrics} - {"train/loss"}
     assert found["test/nll"]["values"] == {0: 0.1, 1: 0.2, 2: 0.3}
     assert found["test/nll"]["mean"] == pytest.approx(0.2)
     assert found["test/nll"]["high"] - 0.2 == pytest.approx(stats.t.ppf(0.975, 2) * 0.1 / math.sqrt(3))

@@ -45,6 +45,7 @@ def problems(cpus, gpus, memory, *arguments):
         (16, 3, 64, ("device=cpu",), 16),
         (16, 1, 64, ("workers=2",), 8),  # auto: not enough for a trial, so none
         (16, 3, 64, ("resources.gpu=0.5",), 6),
+        (16, 2, 64, ("resources.gpu=0.6",), 2),  # no part of a GPU is of two
         (16, 3, 64, ("device=cuda", "workers=2"), 1),
         (16, 3, 64, ("resources.gpu=0",), 16),
     ],

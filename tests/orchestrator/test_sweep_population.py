@@ -168,6 +168,17 @@ def test_what_is_explored_is_near_the_donors_and_in_the_space(tmp_path):
     assert explored(sweep, donor, random.Random(1)) == explored(sweep, donor, random.Random(1))
 
 
+def test_what_the_base_has_none_of_is_drawn_and_whole_numbers_move(tmp_path):
+    text = SWEEP.replace("sgld.steps: 1, ", "")
+    text += "  sgld.clamp: {loguniform: [0.5, 2]}\n  sgld.steps: {int: [1, 4]}\n"
+    sweep = sweep_of(tmp_path, text)
+    donor = {"optimizer.learning_rate": 0.001, "sgld.step_size": 1.0, "sgld.clamp": None, "sgld.steps": 2}
+    found = [explored(sweep, donor, random.Random(seed)) for seed in range(200)]
+    assert all(0.5 <= point["sgld.clamp"] <= 2 for point in found)
+    steps = [point["sgld.steps"] for point in found]
+    assert min(steps.count(1), steps.count(3)) > 50, "two are not two for ever"
+
+
 def test_a_search_is_one_stretch_but_with_pbt(population, tmp_path):
     assert stretches(population.sweep) == [Stretch("search-10", 10), Stretch("search-20", 20), Stretch("search", None)]
     plain = sweep_of(tmp_path, SWEEP.replace("scheduler: {name: pbt, interval_steps: 10}", ""))

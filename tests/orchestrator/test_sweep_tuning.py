@@ -1,5 +1,7 @@
 """Whether Ray Tune goes on with what it remembers of a stage, or begins it."""
 
+import pickle
+
 import pytest
 from made_sweeps import sweep_of
 from ray import tune
@@ -8,10 +10,11 @@ from ray.tune.search import Searcher
 from ray.tune.search.search_generator import SearchGenerator
 
 from jem.files import Location
+from orchestrator.events import EventLog
 from orchestrator.ray_cluster import Cluster
 from orchestrator.sweep.resources import Fit
 from orchestrator.sweep.trial import Setting, search_trial
-from orchestrator.sweep.tuning import Given, Suggestions, _tuner
+from orchestrator.sweep.tuning import Given, Limited, Suggestions, _tuner, scheduler
 
 
 @pytest.fixture
@@ -63,3 +66,63 @@ def test_whoever_goes_on_with_a_stage_decides_how_many_trials_run_at_once(begin,
         again.on_trial_complete(ended, error=True)
     assert again.suggest("e")["trial"]["name"] == "t004"
     assert again.suggest("f") is Searcher.FINISHED if kind == "given" else again.suggest("f")
+
+
+# What Tune forgets
+
+
+class AsIt:
+    """What a scheduler is told of a trial."""
+
+    def __init__(self, name):
+        self.trial_id = self.name = name
+        self.config = {"trial": {"name": name}}
+
+
+def pruned(rungs, told):
+    """The trials that do not go on, of (name, step, val/nll) in that order."""
+    trials = {name: AsIt(name) for name, _, _ in told}
+    for trial in trials.values():
+        rungs.on_trial_add(None, trial)
+    said = {}
+    for name, step, value in told:
+        if said.get(name) != "STOP":
+            said[name] = rungs.on_trial_result(None, trials[name], {"step": step, "val/nll": value})
+    return [name for name, action in said.items() if action == "STOP"]
+
+
+def test_a_search_that_goes_on_compares_at_each_step_what_was_measured_there(tmp_path):
+    """Each trial is better than the one before it, and all improve: none is to end early."""
+    text = "base: digits\nbudget: {trials: 8, steps: 600}\nscheduler: {name: asha, grace_steps: 150}\n"
+    sweep = sweep_of(tmp_path, text + "space: {sgld.step_size: {uniform: [0.5, 1.0]}}\n")
+    root = Location.of(tmp_path / "sweep")
+
+    def shown(number, *steps):
+        return [(f"t{number:03}", step, 1.0 / step + (9 - number) / 1e4) for step in steps]
+
+    first, then = shown(0, 150, 300) + shown(1, 150, 300), shown(0, 450) + shown(1, 450)
+    others = [one for number in range(2, 7) for one in shown(number, 150, 300, 450)]
+    assert pruned(scheduler(sweep, root), first + then + others) == []
+    for name, step, value in first:  # the driver is killed here
+        log = EventLog(root.local / "trials" / name / "events.jsonl")
+        log.append("metrics", step=step, metrics={"val/nll": value, "val/accuracy": 0.5})
+        log.close()
+    restored = pickle.loads(pickle.dumps(scheduler(sweep, root)))
+    assert pruned(restored, then + others) == []
+    assert pruned(restored, [("t007", 150, 9.0)]) == ["t007"], "it does compare"
+
+
+def test_tpe_trains_no_point_twice_and_ends_where_there_are_no_more(tmp_path):
+    text = "base: digits\nsearcher: tpe\nbudget: {trials: 16, steps: 300}\nspace: {sgld.steps: {choice: [5, 7]}, "
+    search = Suggestions(sweep_of(tmp_path, text + "sgld.clamp: {choice: [1.0, 2.0]}}\n"))
+    points = []
+    for number in range(16):
+        Limited.at_once = 3
+        found = search.suggest(f"id{number}")
+        if found == Searcher.FINISHED:
+            break
+        points.append(found["trial"]["point"])
+        search.on_trial_complete(f"id{number}", {"val/nll": 0.1 if points[-1].get("sgld.steps") == 5 else 0.2})
+    assert points[0] == {}, "the base"
+    assert sorted(map(str, points[1:])) == sorted({str(point) for point in points[1:]})
+    assert len(points) == 4, "the fourth of the space is the base itself"

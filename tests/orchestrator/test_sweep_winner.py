@@ -136,6 +136,32 @@ def test_a_sweep_that_has_finished_says_what_changes_nothing_any_more(sweep, roo
     assert "seeds=7 changes nothing: tiny" in capsys.readouterr().err
 
 
+def test_more_seeds_asked_for_before_it_has_finished_are_trained(sweep, root, monkeypatch, tmp_path):
+    go_on(sweep, root, DataError("svhn: cannot be had"), monkeypatch)  # the finalists are trained, the winner is not
+    names = []
+    with monkeypatch.context() as patched:
+        patched.setattr(
+            "orchestrator.sweep.tuning.run_stage", lambda stage, trials, *_: names.append((stage, trials)) or {}
+        )
+        more = sweep_of(tmp_path, TEXT, f"storage_path={tmp_path}", "seeds=5")
+        record = open_folder(root, Record(more.name, more.science), fresh=False)
+        result = Search(more, root.parent, root, record).run()
+    stage, trials = names[0]
+    assert (stage, [trial.name for trial in trials][-2:]) == ("finalists", ["f-base-s5", "f-t001-s5"])
+    assert "budget.minutes did not suffice for 1 seed (5)" in result.verdict
+    assert result.trials == {"finished": 10, "out of time": 2}
+
+
+def test_what_only_the_sweep_gives_makes_the_base_complete(tmp_path):
+    (tmp_path / "open.yaml").write_text(
+        "base: digits\ndata: {name: imagefolder}\nevaluate: {suite: full, register: false}\n"
+    )
+    text = TEXT.replace("base: digits", f"base: {tmp_path}/open.yaml")
+    sweep = sweep_of(tmp_path, text.replace("workers: 1", f"workers: 1, data.root: {tmp_path}"))
+    assert sweep.final == {"evaluate.suite": "full", "evaluate.register": False}
+    assert (sweep.run.evaluate.suite, sweep.run.evaluate.register) == ("none", False)
+
+
 def test_sets_that_cannot_be_had_are_told_before_anything_is_trained(tmp_path):
     (tmp_path / "full.yaml").write_text("base: digits\nevaluate: {suite: full}\n")
     text = TEXT.replace("base: digits", f"base: {tmp_path}/full.yaml").replace("workers: 1", "evaluate.sets: [nothing]")

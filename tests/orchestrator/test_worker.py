@@ -294,6 +294,7 @@ def test_best_weights_are_those_of_the_best_validation(tmp_path):
     best = accuracy(tmp_path, settings, manifest.tensors("best.safetensors"))
     last = accuracy(tmp_path, settings, manifest.tensors("model.safetensors"))
     assert outcome["metrics"]["test/accuracy"] == pytest.approx(best)
+    assert outcome["metrics"]["val/accuracy"] == manifest.info["metrics"]["val/accuracy"] == max(validated.values())
     assert best != last
     assert outcome["step"] == 40
 
