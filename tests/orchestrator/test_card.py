@@ -203,3 +203,14 @@ def test_tables_are_tables(card):
     tables = [line for line in card.splitlines() if re.fullmatch(r"\|( --- \|)+", line)]
     assert len(tables) == page.count("<table>") > 5
     assert page.count("<tr>") + len(tables) == sum(line.startswith("|") for line in card.splitlines())
+
+
+def test_the_rates_of_a_threshold_that_was_fitted_on_noisy_images_are_not_those_of_the_one_that_is_served():
+    report = made_report()
+    plain = section(model_card(report, made_card(report), {}), "Limits")
+    assert "That threshold accepts" in plain
+    report["settings"]["noise_std"] = 0.03
+    noisy = " ".join(section(model_card(report, made_card(report), {}), "Limits").split())
+    fitted = f"fitted on images with noise of 0.03, {report['threshold']['log_px']:.6g},"
+    assert f"The threshold {fitted} accepts" in noisy
+    assert "hat threshold accepts" not in noisy

@@ -6,6 +6,7 @@ import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -28,7 +29,9 @@ from orchestrator.evaluate_on import _check
 from orchestrator.evaluation import evaluate_model, report_of
 from orchestrator.final_model import write_model
 from orchestrator.opened import open_model
+from orchestrator.outbox import Point
 from orchestrator.ray_cluster import Cluster
+from orchestrator.report_upload import _points
 from orchestrator.runs import RunRecord, read_record, write_config
 
 FAST = "evaluate.suite=fast"
@@ -372,3 +375,17 @@ def test_an_evaluation_of_a_run_that_mlflow_has_lost_is_a_run_of_its_own_that_en
     assert run.data.tags["evaluated"] == str(runs / "one")
     assert run.data.params["seed"] == "0"
     assert run.data.metrics == pytest.approx(result.metrics)
+
+
+def test_mlflow_shows_the_newest_of_several_evaluations():
+    """Accuracies on a hundred images are alike now and then: the last one is not left out for an older one's sake."""
+    sent = [Point("robust/linf/0.1/worst/accuracy", value, time, 40) for time, value in ((1, 0.42), (2, 0.55))]
+    run = SimpleNamespace(created=False, history=lambda: sent)
+    report = {"settings": {"noise_std": 0.0}}
+
+    def points(value, step=40):
+        return [p.value for p in _points(run, report, {"robust/linf/0.1/worst/accuracy": value}, step)]
+
+    assert points(0.42) == [0.42]
+    assert points(0.55) == []
+    assert points(0.55, step=80) == [0.55]
