@@ -100,7 +100,7 @@ class Search(Session[SweepResult]):
                 self.run_stage(name, trials, setting, fitting, n, reserve)
                 if until is not None:
                     evolve(read_trials(self.root), sweep, self.root / TRIALS, until)
-                self.record.stages.append(name)
+                self.record.stages = list(dict.fromkeys([*self.record.stages, name]))
                 self.record.save(self.root)
                 (self.root / CLOSING).remove()
 
@@ -138,7 +138,8 @@ class Search(Session[SweepResult]):
         rows = [r for r in rows if r.stage != "finalists" or r.name in asked or r.status not in GOING_ON]
         for name in asked.keys() - {row.name for row in rows}:
             beside = (asked[name].number, asked[name].candidate, asked[name].point, asked[name].seed)
-            rows.append(Row(name, "finalists", *beside, OUT_OF_TIME, "not begun"))
+            status = OUT_OF_TIME if "finalists" in self.record.stages else "stopped"
+            rows.append(Row(name, "finalists", *beside, status, "not begun"))
         return sorted(rows, key=lambda row: (STAGES.index(row.stage), row.number, row.name))
 
     def _whole(self, row: Row) -> Row:

@@ -76,9 +76,8 @@ def explored(sweep: Sweep, point: dict[str, Any], chance: random.Random) -> dict
     for axis in sweep.space:
         fresh = chance.random() < RESAMPLED or axis.key not in point  # a condition of its did not hold
         if axis.key in anew or not fresh:
-            off = point.get(axis.key) is None  # the base's: there is nothing to multiply
-            fresh = fresh or (off and axis.key in anew)
-            near[axis.key] = anew[axis.key] if fresh else _near(axis, point[axis.key], chance)
+            nothing = point.get(axis.key) is None and axis.key in anew  # the base has none: no factor moves it
+            near[axis.key] = anew[axis.key] if fresh or nothing else _near(axis, point[axis.key], chance)
     inside = in_space(sweep.space, near)
     return inside if valid(sweep.run, inside) else anew
 
@@ -86,9 +85,9 @@ def explored(sweep: Sweep, point: dict[str, Any], chance: random.Random) -> dict
 def _near(axis: Axis, value: Any, chance: random.Random) -> Any:
     if axis.kind in RANGES:
         factor = chance.choice(FACTORS)
-        if axis.kind in ("int", "logint") and round(value * factor) == value:
+        if value is not None and axis.kind in ("int", "logint") and round(value * factor) == value:
             return value + (1 if factor > 1 else -1)
-        return value if value is None else value * factor
+        return None if value is None else value * factor
     assert axis.kind in OPTIONS
     if value not in axis.values:  # the base's, which need not be one of them
         return chance.choice(axis.values)
