@@ -84,7 +84,7 @@ def main() -> int:
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--bare", action="store_true", help="the bare loop alone, in this process")
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--add", action="store_true", help="to the pairs that --out has, of this hardware and recipe")
+    parser.add_argument("--add", action="store_true", help="to the pairs of --out, whose seconds are not kept")
     parser.add_argument("settings", nargs="*", metavar="key=value")
     arguments = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = str(arguments.threads)  # of the processes that are started
@@ -92,6 +92,11 @@ def main() -> int:
     if arguments.bare:
         print(json.dumps(bare(load_run_config(arguments.recipe, settings_of(arguments)))))
         return 0
+    same = {"hardware": machine(), "recipe": arguments.recipe, "threads": arguments.threads}
+    same |= {"steps": arguments.steps, "settings": arguments.settings}
+    before = json.loads(arguments.out.read_text()) if arguments.add else same | {"ratios": []}
+    if any(before[key] != same[key] for key in same):
+        raise SystemExit(f"{arguments.out} is of other settings, hardware or threads; leave out --add")
     rows: list[dict[str, Any]] = []
     for i in range(arguments.pairs):
         found: dict[str, Any] = {}
@@ -104,10 +109,6 @@ def main() -> int:
                 found[kind] = json.loads(done.stdout.splitlines()[-1])
         rows.append(found | {"ratio": found["orchestrated"]["seconds"] / found["bare"]["seconds"]})
         print(json.dumps(rows[-1]), flush=True)
-    same = {"hardware": machine(), "recipe": arguments.recipe, "threads": arguments.threads}
-    before = json.loads(arguments.out.read_text()) if arguments.add else same | {"ratios": []}
-    if any(before[key] != same[key] for key in same):
-        raise SystemExit(f"{arguments.out} is of another recipe or hardware, or of other threads; leave out --add")
     ratios = [*before["ratios"], *(round(row["ratio"], 4) for row in rows)]
     result = {
         "command": " ".join(["python benchmarks/orchestration.py", *sys.argv[1:]]),

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 
 from orchestrator import events
+from orchestrator.events import Event
 
 PANELS = {
     "loss": ("train/loss", "train/cross_entropy"),
@@ -49,8 +51,13 @@ def curves_png(log_path: Path) -> bytes | None:
 
 def read_series(log_path: Path) -> dict[str, dict[int, float]]:
     """Metric to step to value; what was run again after a rollback counts as it was last."""
+    return series_of(events.read(log_path)[0])
+
+
+def series_of(told: Iterable[Event]) -> dict[str, dict[int, float]]:
+    """The same of events."""
     series: dict[str, dict[int, float]] = defaultdict(dict)
-    for event in events.read(log_path)[0]:
+    for event in told:
         if event["kind"] == "metrics":
             for key, value in event["metrics"].items():
                 series[key][event["step"]] = value

@@ -27,7 +27,7 @@ SENT = "sent.json"
 def send_report(opened: Opened, report: dict[str, Any], folder: Path) -> tuple[str | None, str | None, str]:
     """Send figures, files and comparisons; the run's id, where, and what went wrong: the report is on the disk.
 
-    What was sent is not sent again. A point that the run has at the same step with the same value is left out.
+    What was sent is not sent again. A point whose newest value at that step is the same is left out.
     """
     uri, artifact_root = _where(opened)
     names = [folder.name, *sorted(path.name for path in folder.parent.glob(f"{folder.name}-against-*"))]
@@ -70,13 +70,13 @@ def _of_comparisons(home: Path, names: list[str]) -> dict[str, float]:
 
 def _points(run: MLflowRun, report: dict[str, Any], metrics: dict[str, float], step: int) -> list[Item]:
     """The report's figures, but for those that the run shows: of the evaluation at the end of its training."""
-    before = sorted(run.history(), key=lambda point: (point.step, point.time)) if not run.created else []
-    newest = {point.key: (point.step, point.value) for point in before}
+    before = sorted(run.history(), key=lambda point: point.time) if not run.created else []
+    newest = {(point.key, point.step): point.value for point in before}
     now = int(time.time() * 1000)
     noise = report["settings"]["noise_std"]
     prefix = f"noise{noise:g}/" if noise else ""  # of other images: not the run's own test figures
     figures = {legal_name(prefix + key): value for key, value in metrics.items()}
-    return [Point(key, value, now, step) for key, value in figures.items() if newest.get(key) != (step, value)]
+    return [Point(key, value, now, step) for key, value in figures.items() if newest.get((key, step)) != value]
 
 
 def _where(opened: Opened) -> tuple[str, str | None]:

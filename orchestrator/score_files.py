@@ -55,6 +55,8 @@ def identity(plan: Plan, card: Card, rows_per_unit: int) -> dict[str, Any]:
     model["classes"] = list(card.classes)
     settings = {"rows_per_unit": rows_per_unit, "column": plan.columns.image, "label": plan.columns.label}
     settings["keep"] = list(plan.columns.keep)
+    if plan.columns.label and plan.classes not in (None, card.classes):
+        settings["true_label"] = "names"  # numbers once, which were of the data's classes
     return {"schema": SCHEMA, "model": model, "data": plan.data, "settings": settings}
 
 

@@ -47,7 +47,7 @@ class Unit:
     count: int  # of all units
     file: str  # relative to the data
     bytes: int  # of that file, or of all image files
-    sample: str  # sha256 of its Parquet footer and of samples of its bytes; of the image files' names, sizes and times
+    sample: str  # sha256 of its Parquet footer and of samples of its bytes; of the image files' names and contents
     first: int
     stop: int
     skip: int  # rows of the row group `first` that belong to the units before
@@ -177,8 +177,8 @@ def _files(data: Location, split: str | None) -> tuple[Location, Sequence[str] |
 def _listed(folder: Location) -> Sequence[str] | Images:
     """The Parquet files below a folder, else the image files."""
     if folder.is_local:
-        paths = sorted(walk(folder.local))
-        names = [path.relative_to(folder.local).as_posix() for path in paths]
+        paths = list(walk(folder.local))
+        names = sorted(path.relative_to(folder.local).as_posix() for path in paths)  # as a store's names are
     else:
         found = folder.fs.get_file_info(pafs.FileSelector(folder.path, recursive=True))
         skip = len(folder.path.rstrip("/")) + 1

@@ -123,7 +123,7 @@ def look(root: Location) -> Run:
         run.bytes = bytes_below(root)
         told = _end_of(run.log_path)
         newest = newest_event(told)
-        run.scores = _scores([run.result, *told])
+        run.scores = _scores([*told, run.result] if run.status == "finished" else [run.result, *told])
         run.step = _newest_step(run, newest)
         run.seen = newest["time"] / 1000 if newest else _modified(root / "run.json")
     except (OSError, ValueError) as error:

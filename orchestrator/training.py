@@ -422,7 +422,8 @@ class Training:
             "status": status,
             "step": self.state.step,
             "checkpoint": self.saved.uri if self.saved else None,
-            "metrics": self.final_metrics,
+            # a trial that waits is compared by what it is now, and handed on as it is now
+            "metrics": self.final_metrics if status == "finished" else self.metrics,
             "weights": self.final_weights,
             "calibrated": self.calibrated,
             "report": self.evaluated,

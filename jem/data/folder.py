@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from jem.config import DataConfig
 from jem.data.catalog import root_of, validation_count
-from jem.data.image_files import EXTENSIONS, below, decode, is_image
+from jem.data.image_files import EXTENSIONS, below, decode, is_image, refuse_others
 from jem.errors import DataError
 
 if TYPE_CHECKING:
@@ -46,7 +46,9 @@ def index(root: Path) -> Index:
         if _folders(folder) != classes:
             odd = sorted(set(_folders(folder)) ^ set(classes))
             raise DataError(f"{folder}: has other classes than train: {', '.join(odd)}; each split needs every class")
-        beside = sorted(path for path in folder.iterdir() if is_image(path) and not path.name.startswith("."))
+        files = sorted(path for path in folder.iterdir() if not path.name.startswith(".") and not path.is_dir())
+        refuse_others(files)
+        beside = [path for path in files if is_image(path)]
         if beside:
             what = f"is one of {len(beside)} images beside the classes' folders"
             raise DataError(f"{beside[0]}: {what}, which would be left out; move them into one, or away")

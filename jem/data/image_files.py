@@ -39,10 +39,14 @@ NAMED = 20
 """Of images that cannot be read, in one message."""
 
 
-def below(folder: Path) -> list[Path]:
-    """The image files below a folder, sorted. Raises DataError for a folder or a kind of images that cannot be read."""
+def below(folder: Path, whole: bool = True) -> list[Path]:
+    """The image files below a folder, sorted. Raises DataError for a folder that cannot be read.
+
+    `whole`: and for images of a kind that is not read. Of outliers some will do.
+    """
     there = sorted(walk(folder))
-    refuse_others(there)
+    if whole:
+        refuse_others(there)
     return [path for path in there if is_image(path)]
 
 
@@ -58,9 +62,13 @@ def walk(folder: Path, above: frozenset[tuple[int, int]] = frozenset()) -> Itera
         if entry.name.startswith("."):
             continue
         path = Path(entry.path)
-        if not entry.is_dir():
+        try:
+            found = path.stat() if entry.is_dir() else None
+        except OSError:  # a link to itself, or into what cannot be read: whoever wants the file will say so
+            found = None
+        if found is None:
             yield path
-        elif (path.stat().st_dev, path.stat().st_ino) not in here:
+        elif (found.st_dev, found.st_ino) not in here:
             yield from walk(path, here)
 
 
@@ -117,7 +125,8 @@ def wide(image: Any) -> str:
     """In words, what an opened Pillow image has in the place of bytes; empty if it has bytes."""
     if image.mode == "F":
         return "floats (Pillow's mode F)"
-    colour = any(";16" in str(tile[3]) for tile in image.tile)  # what is stored; Pillow's mode is that of 8 bits
+    stored = [str(tile[3]) for tile in image.tile]  # Pillow's mode is that of 8 bits
+    colour = any(";16" in one and "BGR;16" not in one for one in stored)  # that one is 16 bits in all
     return f"more than 8 bits a pixel's channel (Pillow's mode {image.mode})" if colour or image.mode[0] == "I" else ""
 
 

@@ -178,7 +178,10 @@ def refusal(name: str, data: DataConfig) -> str:
         if not location.is_local:
             return f"{name}: has no {manifest.NAME}, and a folder of images must be on the local disk"
         own = data.name == "imagefolder" and root_of(data).is_dir()
-        shared = own and not _all_files(location.local).isdisjoint(_own_files(root_of(data)))
+        try:
+            shared = own and not _all_files(location.local).isdisjoint(_own_files(root_of(data)))
+        except DataError as error:
+            return str(error)
         return f"{name}: its images are the model's own data; outliers must be others" if shared else ""
     found = manifest.read(location)
     if data.name == "parquet" and (manifest.location_of(data) / manifest.NAME).exists():
@@ -270,7 +273,7 @@ def _from_path(name: str, shape: tuple[int, int, int], max_images: int) -> tuple
         return images[torch.from_numpy(spaced(len(images), max_images))], len(images), what
     root = location.local
     has_test = (root / "train").is_dir() and (root / "test").is_dir()
-    files = image_files.below(root / "test" if has_test else root)
+    files = image_files.below(root / "test" if has_test else root, whole=False)
     if not files:
         raise DataError(f"{KEY}: {root}: holds no image ({', '.join(image_files.EXTENSIONS)})")
     side, channels = max(h, w), 1 if c == 1 else 3
@@ -283,12 +286,16 @@ def _from_path(name: str, shape: tuple[int, int, int], max_images: int) -> tuple
 
 
 def _all_files(root: Path) -> set[Path]:
-    return set(image_files.below(root.resolve()))
+    return set(image_files.below(root.resolve(), whole=False))
 
 
 def _own_files(root: Path) -> set[Path]:
     """Those that data of the folder are made of, and not what else lies beside its splits."""
-    return {path for split in folder.split_folders(root.resolve()).values() for path in image_files.below(split)}
+    return {
+        path
+        for split in folder.split_folders(root.resolve()).values()
+        for path in image_files.below(split, whole=False)
+    }
 
 
 def _location(name: str) -> Location:

@@ -167,6 +167,10 @@ def _start(written: WrittenArm, run: RunConfig, fixed: Mapping[str, Entry], besi
         raise ConfigError([replace(p, key=RECIPE, origin=p.origin or recipe.origin) for p in error.problems]) from None
     if problems:
         raise ConfigError(problems)
+    name = theirs.get("data.name", Entry(DEFAULTS["data.name"])).value
+    if name != run.data.name:
+        message = f"{recipe.value} is of the data {name}, and arms are compared on the same, {run.data.name}"
+        raise ConfigError([Problem(RECIPE, message, recipe.origin)])
     theirs = {key: anchored(key, entry) for key, entry in (theirs | dict(fixed)).items() if _trained(key)}
     return {key: entry for key, entry in base.items() if not _trained(key)} | theirs
 

@@ -119,7 +119,7 @@ class Search(Session[SweepResult]):
 
     def _finalists(self) -> list[Trial]:
         """Those that are asked for, seed by seed, the base first."""
-        config, chosen = self.sweep.config, decide.finalists(read_trials(self.root), self.sweep)
+        config, chosen = self.sweep.config, decide.finalists(self._read(), self.sweep)
         seeded = [(config.seed + 1 + k, candidate) for k in range(config.seeds) for candidate in chosen]
         return [
             Trial(f"f-{name}-s{seed}", "finalists", number, name, point, seed)
@@ -127,11 +127,8 @@ class Search(Session[SweepResult]):
         ]
 
     def _rows(self) -> list[Row]:
-        """The trials; the winner has finished, also while it is measured, or where that was interrupted.
-
-        A row for each finalist that is asked for, begun or not; of others, those that have ended.
-        """
-        rows = [self._whole(row) if row.name == self.record.winner else row for row in read_trials(self.root)]
+        """The trials: a row for each finalist that is asked for, begun or not; of others, those that have ended."""
+        rows = self._read()
         if not self.finalists:
             return rows
         asked = {trial.name: trial for trial in self.finalists}
@@ -141,6 +138,10 @@ class Search(Session[SweepResult]):
             status = OUT_OF_TIME if "finalists" in self.record.stages else "stopped"
             rows.append(Row(name, "finalists", *beside, status, "not begun"))
         return sorted(rows, key=lambda row: (STAGES.index(row.stage), row.number, row.name))
+
+    def _read(self) -> list[Row]:
+        """Those that have begun; the winner has finished, also while it is measured, or where that was interrupted."""
+        return [self._whole(row) if row.name == self.record.winner else row for row in read_trials(self.root)]
 
     def _whole(self, row: Row) -> Row:
         """Its result is that of the training until the measurement has one; its log may be on another machine."""

@@ -28,6 +28,17 @@ def desk(root: Location) -> Path:
     return root.local if root.is_local else spool_of(root) / "of-the-trial"
 
 
+def told_by(root: Location) -> list[events.Event]:
+    """What a trial's log says, wherever it lies; nothing where there is none, or its store is away."""
+    if root.is_local:
+        return events.read(root.local / LOG)[0]
+    try:
+        return events.parse((root / LOG).read().splitlines()) if (root / LOG).exists() else []
+    except OSError as error:
+        log.warning("%s cannot be read: %s", (root / LOG).uri, error)
+        return []
+
+
 class Sharing:
     """While open, the trial's log is shared; it goes on from what was shared, wherever that was written."""
 

@@ -20,19 +20,21 @@ from ray.tune.search.optuna import OptunaSearch
 
 from jem.errors import DataError
 from jem.files import Location
-from orchestrator.curves import read_series
+from orchestrator.curves import series_of
 from orchestrator.shared import NOT_SHARED, Word, apart, sees, word_in
-from orchestrator.survey import log_of
 from orchestrator.sweep.axes import valid
 from orchestrator.sweep.config import OBJECTIVES, Sweep
 from orchestrator.sweep.orphans import freeing_orphans
 from orchestrator.sweep.resources import SHARE, Fit
-from orchestrator.sweep.shared_log import Following
+from orchestrator.sweep.shared_log import told_by
 from orchestrator.sweep.space import draw, points
 from orchestrator.sweep.trial import TRIALS, Setting, Trial, Work, search_trial
 
 RESTARTS = 3
 """How often a trial is started again whose process has died."""
+
+REPEATS = 10
+"""How often a point is drawn again that was tried already: each time is kept, and makes the next one slower."""
 
 DRAWS = 100
 """How often a point is drawn again that cannot be, or is the base itself."""
@@ -147,6 +149,9 @@ class Suggestions(Limited):
         self.names: dict[str, str] = {}  # of the points, by Tune's trials
         self.seen: dict[str, dict[str, float] | None] = {}  # what came of a point; None: not yet known
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update({"names": {}, "seen": {}, **state})  # an older version knew neither
+
     def next_trial(self, trial_id: str) -> Trial | None:
         point = self._drawn(trial_id) if self.count else {}
         return None if point is None else search_trial(self.sweep, self.count, point)
@@ -156,7 +161,7 @@ class Suggestions(Limited):
 
         Where it has no other idea one is drawn at random; None: there are no more.
         """
-        keys = {axis.key for axis in self.sweep.space}
+        keys, repeated = {axis.key for axis in self.sweep.space}, 0
         for again in range(DRAWS):
             inner_id = f"{trial_id}-{again}"
             point = {key: value for key, value in self.inner.suggest(inner_id).items() if key in keys}
@@ -166,6 +171,9 @@ class Suggestions(Limited):
                 return self._noted(trial_id, point)
             known = self.seen.get(name) if can_be else self.worst
             self.inner.on_trial_complete(inner_id, known, error=known is None)
+            repeated += can_be
+            if repeated == REPEATS:
+                break
         space, run, seed = self.sweep.space, self.sweep.run, self.sweep.config.seed
         drawn = points(space, "random", len(self.seen) + 1, seed, lambda point: valid(run, point))
         others = [point for point in drawn if json.dumps(point, sort_keys=True) not in self.seen]
@@ -223,7 +231,7 @@ def _tuner(stage: str, trials: Sequence[Trial], setting: Setting, fit: Fit, trai
     """One that goes on where there is one."""
     sweep, folder = setting.sweep, setting.root / "tune"
     path = str(Path(folder.path) / stage)
-    Limited.at_once = fit.at_once
+    Limited.at_once, Rungs.root = fit.at_once, setting.root
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(fit.at_once)  # else they start one after the other
     # A driver that died between Tune's two files left one that Tune takes, and then forgets all trials.
     begun = any(child.name.startswith("experiment_state-") for child in (folder / stage).children())
@@ -238,7 +246,7 @@ def _tuner(stage: str, trials: Sequence[Trial], setting: Setting, fit: Fit, trai
         tune_config=tune.TuneConfig(
             num_samples=len(trials) or sweep.config.budget.trials,
             search_alg=Given(trials) if trials else Suggestions(sweep),
-            scheduler=scheduler(sweep, setting.root) if stage == "search" else None,
+            scheduler=scheduler(sweep) if stage == "search" else None,
             reuse_actors=True,
             trial_name_creator=_name,
             trial_dirname_creator=_name,
@@ -253,15 +261,14 @@ def _tuner(stage: str, trials: Sequence[Trial], setting: Setting, fit: Fit, trai
     )
 
 
-def scheduler(sweep: Sweep, root: Location) -> TrialScheduler | None:
-    """What ends trials early; `root` is the sweep's folder."""
+def scheduler(sweep: Sweep) -> TrialScheduler | None:
+    """What ends trials early."""
     config = sweep.config.scheduler
     if config.name != "asha":
         return None
     assert config.grace_steps is not None
     objective = OBJECTIVES[sweep.config.objective[0]]
     return Rungs(
-        root,
         time_attr="step",
         metric=objective.key,
         mode=objective.mode,
@@ -278,21 +285,15 @@ class Rungs(ASHAScheduler):  # type: ignore[misc]
     are not so far would be compared with that.
     """
 
-    def __init__(self, root: Location, **keywords: Any) -> None:
-        super().__init__(**keywords)
-        self.root = root
+    root: Location
+    """The sweep's folder; of the class, as Tune restores the object that an earlier driver made."""
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
         super().on_trial_add(tune_controller, trial)
-        shown = read_series(self._log(_name(trial))).get(str(self._metric), {})
+        shown = series_of(told_by(self.root / TRIALS / _name(trial))).get(str(self._metric), {})
         for step, value in sorted(shown.items()):
             if step < self._max_t:  # what it ends with is told when it ends
                 self.on_trial_result(tune_controller, trial, {str(self._time_attr): step, str(self._metric): value})
-
-    def _log(self, name: str) -> Path:
-        trial = self.root / TRIALS / name
-        Following().catch_up(trial)
-        return log_of(trial)
 
 
 def _told(error: BaseException) -> str:

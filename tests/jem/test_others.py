@@ -256,6 +256,8 @@ def test_outliers_are_all_images_below_a_folder_or_below_its_test_split(tmp_path
     for row in range(3):
         Image.new("L", (9, 9), 40 * row).save(root / f"{row}.png")
     assert len(load_outliers(str(root), like_test(), data, 10).images) == 6
+    (root / "drawing.svg").write_text("of outliers some will do")
+    assert len(load_outliers(str(root), like_test(), data, 10).images) == 6
     split = levels(tmp_path / "split", {"train/x": 3, "test/y": 2})
     found = load_outliers(split, like_test(), data, 10)
     assert len(found.images) == 2

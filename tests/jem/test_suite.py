@@ -400,7 +400,11 @@ def test_chains_that_are_looked_at_are_of_all_classes_though_these_come_in_turns
 @pytest.mark.parametrize("order", ["in turns", "sorted", "shuffled"])
 def test_the_images_that_are_attacked_are_of_all_classes_however_these_come(order, generator):
     labels = torch.arange(1000) % 10
-    labels = {"in turns": labels, "sorted": labels.sort()[0], "shuffled": labels[torch.randperm(1000)]}[order]
+    labels = {
+        "in turns": labels,
+        "sorted": labels.sort()[0],
+        "shuffled": labels[torch.randperm(1000, generator=generator)],
+    }[order]
     rows = fairly(labels, 100)
     assert len(rows.unique()) == 100
     assert torch.equal(rows, fairly(labels, 100))

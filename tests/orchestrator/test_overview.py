@@ -89,6 +89,12 @@ def test_the_newest_scores_are_in_the_row_wherever_they_are_known_from(storage, 
     assert entries["running"]["scores"]["val/accuracy"] == 0.75
     assert entries["elsewhere"]["scores"] == {"val/accuracy": 0.875, "val/nll": 0.25}
     assert entries["none"]["scores"] == {}
+    best = made(storage, "best", age=30)  # with evaluate.final=best the last measurement is of other weights
+    log = EventLog(best.local / "events.jsonl")
+    log.append("metrics", step=20, metrics={"val/accuracy": 0.5})
+    log.close()
+    (best.local / "run.json").write_text(json.dumps(record | {"name": "best"}))
+    assert listed("best")["best"]["scores"]["val/accuracy"] == 0.875
     rows = [line.split()[2:5] for line in capsys.readouterr().out.splitlines()[1:4]]
     assert rows == [["40/100", "0.750", "nan"], ["20/100", "0.875", "0.250"], ["20/100", "-", "-"]]
 

@@ -293,6 +293,11 @@ def test_seeds_that_cannot_be(tmp_path):
     assert found == f"command line: seeds: is 3, too many: the last seed, {2**31}, must be below 2**31"
 
 
+def test_a_recipe_of_other_data_is_no_arm(tmp_path):
+    (found,) = problems(tmp_path, with_arms(["x: {recipe: mnist5k}"]))
+    assert found == "4: arms.x.recipe: mnist5k is of the data mnist5k, and arms are compared on the same, digits"
+
+
 def test_every_mistake_is_in_one_error(tmp_path):
     text = with_arms(
         ["a: {sgld.steps: x}", "b: {model.nam: y}", "c: {workers: 2}"], "finalists: 2\nsettings: {sedd: 1}\n"

@@ -14,7 +14,7 @@ from orchestrator.events import EventLog
 from orchestrator.ray_cluster import Cluster
 from orchestrator.sweep.resources import Fit
 from orchestrator.sweep.trial import Setting, search_trial
-from orchestrator.sweep.tuning import Given, Limited, Suggestions, _tuner, scheduler
+from orchestrator.sweep.tuning import Given, Limited, Rungs, Suggestions, _tuner, scheduler
 
 
 @pytest.fixture
@@ -95,19 +95,19 @@ def test_a_search_that_goes_on_compares_at_each_step_what_was_measured_there(tmp
     """Each trial is better than the one before it, and all improve: none is to end early."""
     text = "base: digits\nbudget: {trials: 8, steps: 600}\nscheduler: {name: asha, grace_steps: 150}\n"
     sweep = sweep_of(tmp_path, text + "space: {sgld.step_size: {uniform: [0.5, 1.0]}}\n")
-    root = Location.of(tmp_path / "sweep")
+    root = Rungs.root = Location.of(tmp_path / "sweep")
 
     def shown(number, *steps):
         return [(f"t{number:03}", step, 1.0 / step + (9 - number) / 1e4) for step in steps]
 
     first, then = shown(0, 150, 300) + shown(1, 150, 300), shown(0, 450) + shown(1, 450)
     others = [one for number in range(2, 7) for one in shown(number, 150, 300, 450)]
-    assert pruned(scheduler(sweep, root), first + then + others) == []
+    assert pruned(scheduler(sweep), first + then + others) == []
     for name, step, value in first:  # the driver is killed here
         log = EventLog(root.local / "trials" / name / "events.jsonl")
         log.append("metrics", step=step, metrics={"val/nll": value, "val/accuracy": 0.5})
         log.close()
-    restored = pickle.loads(pickle.dumps(scheduler(sweep, root)))
+    restored = pickle.loads(pickle.dumps(scheduler(sweep)))
     assert pruned(restored, then + others) == []
     assert pruned(restored, [("t007", 150, 9.0)]) == ["t007"], "it does compare"
 
@@ -126,3 +126,15 @@ def test_tpe_trains_no_point_twice_and_ends_where_there_are_no_more(tmp_path):
     assert points[0] == {}, "the base"
     assert sorted(map(str, points[1:])) == sorted({str(point) for point in points[1:]})
     assert len(points) == 4, "the fourth of the space is the base itself"
+
+
+def test_a_search_of_an_older_version_goes_on(tmp_path):
+    search = Suggestions(sweep_of(tmp_path))
+    state = {key: value for key, value in search.__dict__.items() if key not in ("names", "seen")}
+    old = Suggestions.__new__(Suggestions)
+    old.__setstate__(state)
+    (tmp_path / "state.pkl").write_bytes(pickle.dumps(state))
+    old.restore(str(tmp_path / "state.pkl"))
+    Limited.at_once = 2
+    assert old.suggest("a")["trial"]["name"] == "t000"
+    assert old.suggest("b")["trial"]["point"]

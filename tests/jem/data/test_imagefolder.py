@@ -1,4 +1,5 @@
 import os
+import struct
 
 import deep_images
 import image_fakes as fakes
@@ -207,6 +208,18 @@ def test_hidden_folders_and_links_in_a_circle_are_no_data(tmp_path):
     assert len(below(tmp_path / "cat" / ".thumbnails")) == 3, "asked for by name"
     (tmp_path / "elsewhere").symlink_to(tmp_path / "dog", target_is_directory=True)
     assert len(below(tmp_path / "elsewhere")) == 3
+
+
+def test_a_link_to_itself_and_sixteen_bits_in_all_are_no_reason_to_fail(tmp_path):
+    fakes.folder(tmp_path, {"cat": 3})
+    (tmp_path / "cat" / "loop").symlink_to("loop")
+    assert len(below(tmp_path)) == 3
+    head = struct.pack("<2sIHHI", b"BM", 70 + 8, 0, 0, 70)
+    info = struct.pack("<IiiHHIIiiII", 40, 2, 2, 1, 16, 3, 8, 0, 0, 0, 0) + struct.pack(
+        "<4I", 0xF800, 0x07E0, 0x001F, 0
+    )
+    (tmp_path / "a.bmp").write_bytes(head + info + struct.pack("<4H", *[0xF800] * 4))
+    assert decode([tmp_path / "a.bmp"], 2, 3)[0, :, 0, 0].tolist() == [255, 0, 0]
 
 
 def test_a_folder_that_cannot_be_read_is_named_and_not_left_out(tmp_path, monkeypatch):
