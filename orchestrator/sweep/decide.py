@@ -77,7 +77,8 @@ class Decision:
         return next((candidate for candidate in self.candidates if candidate.name == name), None)
 
     def json(self) -> str:
-        return json.dumps(asdict(self), indent=1) + "\n"
+        told = {key: value for key, value in asdict(self).items() if key != "cut" or value}
+        return json.dumps(told, indent=1) + "\n"
 
 
 def ranking(rows: Iterable[Row], sweep: Sweep) -> list[Row]:
