@@ -161,12 +161,9 @@ def chains(report: dict[str, Any]) -> bytes:
         grid[0].axhspan(low, high, color="tab:green", alpha=0.2, label="test images: 10 to 90 %")
         grid[0].axhline(middle, color="tab:green", linewidth=0.8)
     temperature = section["acceptance"]["temperature"]
+    own = "at the T of each step" if temperature is None else f"at T = {temperature:.2g}, the chains' own"
     for which, title, colour in (
-        (
-            "own",
-            "at the T of each step" if temperature is None else f"at T = {temperature:.2g}, the chains' own",
-            "tab:blue",
-        ),
+        ("own", own, "tab:blue"),
         ("one", "at T = 1", "tab:red"),
     ):
         rates = [math.nan if v is None else v for v in section["acceptance"][which]]

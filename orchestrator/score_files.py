@@ -16,7 +16,8 @@ from jem.data.rows import UNREADABLE
 from jem.errors import ConfigError, DataError, Problem
 from jem.files import Location
 from jem.predict import Card, Predictions
-from orchestrator.score_units import READERS, Plan
+from orchestrator.score_folder import READERS
+from orchestrator.score_units import Plan
 
 SCHEMA = 1
 KEY = b"jem.scores"

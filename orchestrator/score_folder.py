@@ -25,6 +25,8 @@ IMAGES_PER_UNIT = 1_000
 """At most: photographs take milliseconds each to decode, so that a folder of them is shared among the workers."""
 
 READERS = 16
+"""Files looked at at once: on an object store each takes a few requests."""
+
 SAMPLE_BYTES = 2**15
 
 
@@ -48,10 +50,9 @@ def look(root: Path, paths: Sequence[Path]) -> Images:
     files = [path for path in paths if is_image(path)]
     names = [path.relative_to(root).as_posix() for path in files]
     for name in names:
-        if not name.isascii() and not _is_text(name):
-            raise DataError(
-                f"{root}: the name of {name.encode('utf-8', 'backslashreplace').decode()} is no UTF-8; rename it"
-            )
+        shown = name.encode(errors="backslashreplace").decode()
+        if shown != name:
+            raise DataError(f"{root}: the name of {shown} is no UTF-8; rename it")
     with ThreadPoolExecutor(READERS) as pool:
         known = list(pool.map(fingerprint, files))
     listed = sorted(zip(names, known, strict=True))
@@ -127,11 +128,3 @@ def read(root: Location, images: Images, start: int, stop: int, shape: tuple[int
         if fingerprint(path) != known:
             raise DataError(f"{path}: was changed while it was scored; the same command scores what is there now")
     return pixels
-
-
-def _is_text(name: str) -> bool:
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

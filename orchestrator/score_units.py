@@ -27,11 +27,8 @@ from jem.data.rows import UNREADABLE
 from jem.errors import ConfigError, DataError, Problem
 from jem.files import Location
 from orchestrator import score_folder
-from orchestrator.score_folder import Images
+from orchestrator.score_folder import READERS, Images
 from orchestrator.score_images import expected, problem_of
-
-READERS = 16
-"""Files looked at at once: on an object store each takes a few requests."""
 
 SAMPLES, SAMPLE_BYTES = 4, 2**16
 

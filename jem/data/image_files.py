@@ -18,20 +18,8 @@ EXTENSIONS = (
     *(".tif", ".tiff", ".webp", ".gif"),
 )
 OTHERS = (
-    ".avif",
-    ".heic",
-    ".heif",
-    ".j2k",
-    ".jp2",
-    ".jxl",
-    ".svg",
-    ".tga",
-    ".psd",
-    ".dng",
-    ".cr2",
-    ".cr3",
-    ".nef",
-    ".arw",
+    *(".avif", ".heic", ".heif", ".j2k", ".jp2", ".jxl", ".svg", ".tga", ".psd"),
+    *(".dng", ".cr2", ".cr3", ".nef", ".arw"),
 )
 """Images that are not read: leaving them out in silence would leave data out."""
 

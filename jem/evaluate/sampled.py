@@ -123,16 +123,14 @@ def chains_section(
     """
     by_name = dict(zip(generation.DIAGNOSTICS, rows.double().unbind(dim=2), strict=True))
     sgld = config.sgld
-    changes = sgld.final_step_size is not None or sgld.final_noise_scale is not None
+    same = sgld.final_step_size is None and sgld.final_noise_scale is None  # else each step has a T of its own
     own, one = (by_name[f"acceptance_{which}"].mean(dim=0).tolist() for which in ("own", "one"))
     section: dict[str, Any] = {"n": len(rows), "length": training_length(config), "times": [*times], "steps": marks}
     section |= {name: _bands(by_name[name]) for name in ("energy", "grad_norm", "saturation")}
     return section | {
         "data_energy": _bands(data_energy.double()[:, None])[0],
         "acceptance": {
-            "temperature": None
-            if changes
-            else sgld.noise_scale**2 / (2 * sgld.step_size),  # else each step has its own
+            "temperature": sgld.noise_scale**2 / (2 * sgld.step_size) if same else None,
             "own": [_number(value) for value in own],
             "one": [_number(value) for value in one],
         },

@@ -69,7 +69,8 @@ def verdict_of(found: Comparison, rows: Sequence[Row]) -> str:
         return f"{ended}."
     if not base["finished"]:
         return f"{ended}. {first} finished no seed, so that there is nothing to compare with."
-    if all(one["n"] < 2 for _, arm in others for one in arm["difference"].values()):
+    pairs = [one["n"] for _, arm in others for one in arm["difference"].values()]
+    if pairs and max(pairs) < 2:
         return f"{ended}. Differences from {first} are of one seed at most, and have no interval."
     return f"{ended}. Differs from {first}, paired by seed: {'; '.join(sure) or 'no arm with certainty'}."
 

@@ -39,7 +39,7 @@ from orchestrator.config import (
 from orchestrator.sweep.arms import SEARCHED, Arm, WrittenArm, gather_arms, read_arms, recovery_of, science_of
 from orchestrator.sweep.axes import Written, changed, gather, read_space
 from orchestrator.sweep.schedule import check, grid_trials, resolved, shared
-from orchestrator.sweep.space import Space, words
+from orchestrator.sweep.space import Space, is_whole_grid, words
 
 S = TypeVar("S", bound=Settings)
 
@@ -166,8 +166,14 @@ class Sweep:
     @property
     def trials(self) -> int:
         """Of the search, the base's among them."""
-        whole = self.config.searcher == "grid" and all(axis.kind == "grid" for axis in self.space)
-        return grid_trials(self.run, self.space) if whole else self.config.budget.trials
+        if self.config.searcher == "grid" and is_whole_grid(self.space):
+            return grid_trials(self.run, self.space)
+        return self.config.budget.trials
+
+    @property
+    def finals(self) -> int:
+        """Trials of the finalists and the base, at most."""
+        return (1 + self.config.finalists) * self.config.seeds if self.config.finalists else 0
 
     def arm(self, name: str) -> Arm:
         return next(arm for arm in self.arms if arm.name == name)

@@ -104,11 +104,10 @@ class Search(Session[SweepResult]):
                 self.record.save(self.root)
                 (self.root / CLOSING).remove()
 
-            finals = (1 + config.finalists) * config.seeds if config.finalists else 0
             trials = self._candidates()
             for stretch in stretches(sweep):
                 if stretch.name not in self.record.stages:
-                    stage(stretch.name, trials, sweep.trials, finals, stretch.until)
+                    stage(stretch.name, trials, sweep.trials, sweep.finals, stretch.until)
             self.finalists = self._finalists()
             if any(row.status in GOING_ON for row in self._rows() if row.stage == "finalists"):
                 (self.root / "tune" / "finalists").remove()  # others may be asked for now; the runs know how far

@@ -77,9 +77,8 @@ def fit(sweep: Sweep, cpus: float, gpus: float, memory_gib: float, grows: bool =
             f"is {config.resources.label!r}: machines of that kind are a cluster's; set RAY_ADDRESS, or leave it out"
         )
         raise ConfigError([Problem("resources.label", message)])
-    finals = (1 + config.finalists) * config.seeds if config.finalists else 0
-    whose = "the arms" if sweep.arms else "budget.trials" if sweep.trials >= finals else "the finalists"
-    limits: dict[str, float] = {whose: max(sweep.trials, finals)}
+    whose = "the arms" if sweep.arms else "budget.trials" if sweep.trials >= sweep.finals else "the finalists"
+    limits: dict[str, float] = {whose: max(sweep.trials, sweep.finals)}
     if not grows or config.concurrency is None:
         problems = list(_impossible(needs, workers, config.concurrency, grows))
         if problems:

@@ -10,7 +10,7 @@ from jem.errors import Problem
 from orchestrator.config import RunConfig
 from orchestrator.remedies import REMEDIES
 from orchestrator.sweep.axes import valid
-from orchestrator.sweep.space import Space, grid
+from orchestrator.sweep.space import Space, grid, is_whole_grid
 
 if TYPE_CHECKING:
     from orchestrator.sweep.config import SweepConfig
@@ -104,8 +104,7 @@ def _grid(config: SweepConfig, run: RunConfig, space: Space) -> Iterator[Problem
         message = "is grid, but no axis is one; write grid: [...] for one at least, or use searcher=random"
         yield Problem("searcher", message)
     else:
-        whole = all(axis.kind == "grid" for axis in space)
-        needed = grid_trials(run, space) if whole else 1 + len(grid(space))
+        needed = grid_trials(run, space) if is_whole_grid(space) else 1 + len(grid(space))
         if config.budget.trials < needed:
             message = f"is {config.budget.trials}, must be at least {needed}: each point of the grid, and the base"
             yield Problem("budget.trials", message)

@@ -128,7 +128,7 @@ def points(
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed))
     combinations = grid(space) if searcher == "grid" else [{}]
-    rounds = 1 if searcher == "grid" and all(axis.kind == "grid" for axis in space) else -(-n // len(combinations)) + 1
+    rounds = 1 if searcher == "grid" and is_whole_grid(space) else -(-n // len(combinations)) + 1
     found: dict[str, dict[str, Any]] = {}
     refused: set[str] = set()
     for combination in itertools.chain.from_iterable(itertools.repeat(combinations, rounds)):
@@ -149,6 +149,11 @@ def points(
             if not combination:
                 break  # there are no more
     return list(found.values())
+
+
+def is_whole_grid(space: Space) -> bool:
+    """Whether each point of the grid is one trial: no axis besides is drawn."""
+    return all(axis.kind == "grid" for axis in space)
 
 
 def grid(space: Space) -> list[dict[str, Any]]:
