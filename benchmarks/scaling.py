@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from common import machine, save
-from step import ADAM, DIGITS, wide
+from step import ADAM, SMALL, wide
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -38,7 +38,7 @@ CASES: dict[str, tuple[tuple[int, int, int], dict[str, Any]]] = {
         (3, 32, 32),
         {**wide(16, 2), "precision": "bf16", "batch_size": 16, "sgld.steps": 10},
     ),
-    "digits, batch 32 a worker, K=20": ((1, 8, 8), {**DIGITS, "batch_size": 32, "sgld.steps": 20}),
+    "digits, batch 32 a worker, K=20": ((1, 8, 8), {**SMALL, "batch_size": 32, "sgld.steps": 20}),
 }
 """`batch_size` is a worker's part."""
 

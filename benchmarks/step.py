@@ -52,14 +52,16 @@ def wide(depth: int, width: int) -> dict[str, Any]:
     return {"model.name": "wide_resnet", "model.depth": depth, "model.width": width, "model.activation": "leaky_relu"}
 
 
-DIGITS = {"model.name": "small_conv", "model.channels": (16, 32, 64, 64), "model.activation": "silu"}
+SMALL = {"model.name": "small_conv", "model.channels": (16, 32, 64, 64), "model.activation": "silu"}
 
 CPU = {
     "wrn-16-2, batch 32, K=20": Case((3, 32, 32), 32, 20, wide(16, 2)),
     "wrn-16-2, batch 32, K=10": Case((3, 32, 32), 32, 10, wide(16, 2)),
     "wrn-16-2, batch 32, K=5": Case((3, 32, 32), 32, 5, wide(16, 2)),
-    "digits, batch 64, K=20": Case((1, 8, 8), 64, 20, DIGITS),
-    "digits, batch 64, K=10": Case((1, 8, 8), 64, 10, DIGITS),
+    "digits, batch 64, K=20": Case((1, 8, 8), 64, 20, SMALL),
+    "digits, batch 64, K=10": Case((1, 8, 8), 64, 10, SMALL),
+    "fashion_mnist, batch 64, K=20": Case((1, 28, 28), 64, 20, SMALL),
+    "fashion_mnist, batch 64, K=10": Case((1, 28, 28), 64, 10, SMALL),
 }
 GPU = {
     "wrn-28-10, batch 64, K=20": Case((3, 32, 32), 64, 20, wide(28, 10)),

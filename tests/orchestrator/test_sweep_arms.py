@@ -373,7 +373,7 @@ def test_the_bundled_ablation_is_there():
 def test_the_one_on_fashion_mnist_ends_with_its_recipe():
     sweep = load_sweep("ablation_fashion_mnist", [])
     arms = points(sweep)
-    assert list(arms) == ["baseline", "gaussian_prior", "ema", "combined", "classifier"]
+    assert list(arms) == ["baseline", "gaussian_prior", "ema", "combined", "combined_full_weight", "classifier"]
     assert (sweep.config.base, sweep.config.seeds, sweep.run.recovery.max) == ("fashion_mnist_paper", 3, 0)
     recipe = load_run_config("fashion_mnist", [])
     combined = arms["combined"]
