@@ -236,6 +236,7 @@ def main() -> int:
     parser.add_argument("--cases", nargs="*", help="names, of those of the device")
     parser.add_argument("--modes", nargs="*", choices=list(MODES), default=list(MODES))
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--add", action="store_true", help="what --out has of other cases stays")
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     cases = GPU if device.type == "cuda" else CPU
@@ -247,6 +248,9 @@ def main() -> int:
         "threads": torch.get_num_threads(),
         "cases": {},
     }
+    if arguments.add and arguments.out and arguments.out.exists():
+        earlier = json.loads(arguments.out.read_text())
+        result |= {"command": f"{earlier['command']}; {result['command']}", "cases": earlier["cases"]}
     for name in arguments.cases or cases:
         result["cases"][name] = {}
         for mode in arguments.modes:
