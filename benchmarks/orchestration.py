@@ -36,7 +36,7 @@ FROM = 100
 
 
 def settings_of(arguments: argparse.Namespace) -> list[str]:
-    return [f"steps={arguments.steps}", "workers=1", "seed=0", "evaluate.suite=none", *arguments.settings]
+    return [f"steps={arguments.steps}", "workers=1", "device=cpu", "seed=0", "evaluate.suite=none", *arguments.settings]
 
 
 def bare(config: RunConfig) -> dict[str, float]:

@@ -60,6 +60,7 @@ CPU = {
     "wrn-16-2, batch 32, K=5": Case((3, 32, 32), 32, 5, wide(16, 2)),
     "digits, batch 64, K=20": Case((1, 8, 8), 64, 20, SMALL),
     "digits, batch 64, K=10": Case((1, 8, 8), 64, 10, SMALL),
+    "digits, batch 64, K=5": Case((1, 8, 8), 64, 5, SMALL),
     "fashion_mnist, batch 64, K=20": Case((1, 28, 28), 64, 20, SMALL),
     "fashion_mnist, batch 64, K=10": Case((1, 28, 28), 64, 10, SMALL),
 }
@@ -134,7 +135,8 @@ def paper(case: Case, device: torch.device, **_: Any) -> Callable[[], Any]:
 
 
 def product(_: Case, device: torch.device, precision: str, **__: Any) -> Callable[[], Any]:
-    """A large matrix product: what the hardware can do."""
+    """A large matrix product: what the hardware can do, in float32 with TF32 where convolutions have it."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32
     n = side(device)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))

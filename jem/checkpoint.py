@@ -15,6 +15,7 @@ that is read executes: tensors are safetensors, the rest is JSON.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
@@ -26,7 +27,7 @@ from safetensors.torch import load as parse_tensors
 from torch import Tensor
 
 from jem.config import JEMConfig
-from jem.errors import CheckpointError
+from jem.errors import CheckpointError, JEMError, StorageError
 from jem.files import Location
 from jem.optim import load_optimizer_tensors
 from jem.randomness import generator
@@ -37,6 +38,12 @@ from jem.world import World
 SCHEMA = 2
 MANIFEST, SAMPLER = "manifest.json", "sampler.safetensors"
 LENGTH = "chain_length"
+
+AWAY = {
+    *(errno.EACCES, errno.EPERM, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN, errno.EHOSTUNREACH),
+    *(errno.EMFILE, errno.ENFILE, errno.ENOMEM),
+}
+"""What a disk says that is no fault of the file; EIO is one, or of the disk below it."""
 
 
 @dataclass(frozen=True)
@@ -52,14 +59,17 @@ class Manifest:
     info: dict[str, Any]  # of the caller: configuration, data, versions, which weights are final
 
     def read(self, name: str) -> bytes:
-        """A file's bytes, checked against the manifest. Raises CheckpointError naming the file."""
+        """A file's bytes, checked against the manifest.
+
+        Raises CheckpointError naming the file, or StorageError where that could not be found out.
+        """
         if name not in self.files:
             raise CheckpointError(f"{self.directory.uri}: the manifest lists no {name}")
         path = self.directory / name
         try:
             data = path.read()
         except OSError as error:
-            raise CheckpointError(f"{path.uri}: cannot be read ({_first_line(error)})") from error
+            raise _unread(path, error) from error
         expected = self.files[name]
         if len(data) != expected["bytes"]:
             raise CheckpointError(f"{path.uri}: has {len(data)} bytes, {expected['bytes']} were written")
@@ -82,7 +92,10 @@ class Manifest:
 
 
 def read_manifest(directory: Location) -> Manifest:
-    """The manifest of a checkpoint directory. Raises CheckpointError if there is none or it is damaged."""
+    """The manifest of a checkpoint directory.
+
+    Raises CheckpointError if there is none or it is damaged, StorageError where that could not be found out.
+    """
     path = directory / MANIFEST
     try:
         data = path.read()
@@ -96,8 +109,21 @@ def read_manifest(directory: Location) -> Manifest:
         return Manifest(directory, *(content[field] for field in fields))
     except FileNotFoundError as error:
         raise CheckpointError(f"{directory.uri}: not a checkpoint, it has no {MANIFEST}") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except OSError as error:
+        raise _unread(path, error) from error
+    except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path.uri}: damaged ({_first_line(error)})") from error
+
+
+def _unread(path: Location, error: OSError) -> JEMError:
+    """Of a file that cannot be read: is it not what was written, or does the storage not answer?
+
+    Who took the second for the first would go back to an older checkpoint, and remove the newer ones.
+    """
+    gone = isinstance(error, FileNotFoundError | IsADirectoryError | NotADirectoryError)
+    if gone or (path.is_local and error.errno not in AWAY):
+        return CheckpointError(f"{path.uri}: cannot be read ({_first_line(error)})")
+    return StorageError(f"{path.uri}: cannot be read at present ({_first_line(error)}); try again when it can")
 
 
 def committed(root: Location) -> list[Location]:
@@ -117,7 +143,8 @@ def newest_good(
 ) -> tuple[Manifest | None, list[str]]:
     """The first checkpoint whose every file is as it was written, and what is wrong with those before it.
 
-    `check` may raise CheckpointError for one that is whole and yet not the caller's.
+    `check` may raise CheckpointError for one that is whole and yet not the caller's. Raises StorageError where one
+    cannot be read at present.
     """
     faults: list[str] = []
     for directory in directories:

@@ -54,7 +54,7 @@ def _differentiate(energy_fn: EnergyFn, x: Tensor) -> tuple[Tensor, Tensor]:
 @functools.cache
 def _failures() -> tuple[type[BaseException], ...]:
     """What the compiler raises: imported late, as it takes a second."""
-    from torch._dynamo.exc import TorchDynamoException
+    from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
     from torch._inductor.exc import InductorError
 
-    return TorchDynamoException, InductorError
+    return TorchDynamoException, FailOnRecompileLimitHit, InductorError

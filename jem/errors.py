@@ -56,6 +56,10 @@ class CheckpointError(JEMError):
     status = "no good checkpoint"
 
 
+class StorageError(JEMError, OSError):
+    """The storage does not answer, or refuses us: nothing is known of what lies there, and trying again may mend it."""
+
+
 class DivergedError(JEMError):
     """Training diverged and nothing is left to try."""
 

@@ -13,8 +13,12 @@ import uuid
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from pyarrow import fs as pafs
+
+SAFE = "/=+&'~,:@!$()*;"
+"""What stands in a URI's path as it is, besides letters and digits; pyarrow decodes what is written as %XX."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,7 @@ class Location:
     def uri(self) -> str:
         """An absolute path, or a URI where the path is not local."""
         query = f"?{self.query}" if self.query else ""
-        return f"{self.scheme}://{self.path}{query}" if self.scheme else self.path
+        return f"{self.scheme}://{quote(self.path, safe=SAFE)}{query}" if self.scheme else self.path
 
     @property
     def name(self) -> str:

@@ -153,9 +153,9 @@ class Predictor:
 
         Raises DataError that says what was expected if they are anything else.
         """
-        logits = self.logits(images)
-        p = (logits.double() / self.card.temperature).softmax(dim=1).cpu().numpy()
-        log_density = logits.logsumexp(dim=1).double().cpu().numpy()
+        logits = self.logits(images).cpu()  # Apple's GPUs have no float64
+        p = (logits.double() / self.card.temperature).softmax(dim=1).numpy()
+        log_density = logits.logsumexp(dim=1).double().numpy()
         index = p.argmax(axis=1)
         chosen = p[np.arange(len(p)), index]
         seen = log_density >= self.card.threshold

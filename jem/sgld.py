@@ -160,7 +160,12 @@ def bounded(gradient: Float[Tensor, "n ..."], config: SGLDConfig) -> Float[Tenso
 
 
 def _moved(x: Tensor, gradient: Tensor, config: SGLDConfig, generator: torch.Generator) -> Tensor:
-    """Down the gradient, with noise, within the clamps."""
-    noise = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+    return down(x, gradient, config, torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype))
+
+
+def down(
+    x: Float[Tensor, "n ..."], gradient: Float[Tensor, "n ..."], config: SGLDConfig, noise: Float[Tensor, "n ..."]
+) -> Float[Tensor, "n ..."]:
+    """Where a step from x leads: down the gradient, with noise, within the clamps."""
     moved = x - config.step_size * bounded(gradient, config) + config.noise_scale * noise
     return moved if config.clamp is None else moved.clamp(-config.clamp, config.clamp)

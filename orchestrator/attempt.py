@@ -44,10 +44,8 @@ class Attempt:
     def __init__(self, config: RunConfig, root: Location, record: RunRecord, folder: Path | None = None) -> None:
         """`folder`: where log, pictures and models are made on this machine; none: the run's workbench."""
         self.config, self.root, self.record = config, root, record
-        known = [entry["number"] for entry in record.attempts] or [
-            owner(root).get("attempt", 0)
-        ]  # where run.json was lost
-        self.number = max(known) + 1
+        known = [entry["number"] for entry in record.attempts]
+        self.number = max([*known, owner(root).get("attempt", 0)]) + 1  # run.json may be lost, or an older one
         self.folder = folder or workbench(root)
         self.fetched = folder is not None and not root.is_local  # from the store, by whoever reads the log
         if not record.attempts:
@@ -63,9 +61,8 @@ class Attempt:
         self.record.mlflow["complete"] = False
         self.save()
         clear_request(self.root)
-        seen = self.log_path.stat().st_size if self.log_path.exists() else 0
-        EventLog(self.log_path).close()
-        return seen
+        EventLog(self.log_path).close()  # half a line that a death has left is cut off
+        return self.log_path.stat().st_size
 
     def close(self, outcome: dict[str, Any]) -> Result:
         """Write down what came of the attempt: in the log, run.json and the result, and wherever else it is told."""

@@ -23,8 +23,9 @@ def place_of(source: str, storage: str = "./runs") -> str:
     if source in bundled_models():
         return str(MODELS / source)
     from jem.files import Location
+    from orchestrator.runs import below
 
-    run = f"{storage.rstrip('/')}/{source}"
+    run = below(storage, source)
     with suppress(ValueError, OSError):
         if (Location.of(run) / "run.json").exists():
             return run

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import socket
+import threading
 import traceback
 import uuid
 from collections.abc import Callable, Mapping, Sequence, Set
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from jem import checkpoint
 from jem.checkpoint import Manifest
-from jem.errors import CheckpointError, JEMError
+from jem.errors import CheckpointError, JEMError, StorageError
 from jem.files import Location
 from jem.saving import Saved, Writer
 from jem.train import TrainState
@@ -58,8 +59,10 @@ class Checkpoints:
         self.failures = 0  # in a row
         self.newest: Location | None = None
         self.attempt, self.token = 1, ""
-        self.starts = 0  # of groups of workers in this attempt since the last checkpoint
+        self.starts = 0  # of groups of workers in this attempt since the last checkpoint, this one's included
         self.regular: dict[int, bool] = {}  # by step, as far as known
+        self.watching: threading.Thread | None = None
+        self.superseded: Superseded | None = None
 
     @property
     def folder(self) -> Location:
@@ -96,6 +99,26 @@ class Checkpoints:
         if self._owner().get("token") != self.token:
             raise Superseded(f"{self.root.uri}: another group of workers has taken this run over")
 
+    def watch_claim(self) -> None:
+        """`check_claim` between two steps: on a disk at once; an object store's answer, which may take seconds, by the
+        next call.
+        """
+        if self.root.is_local:
+            self._watch()
+        elif self.watching is None or not self.watching.is_alive():
+            self.watching = threading.Thread(target=self._watch, daemon=True, name="look whose the run is")
+            self.watching.start()
+        if self.superseded is not None:
+            raise self.superseded
+
+    def _watch(self) -> None:
+        try:
+            self.check_claim()
+        except Superseded as error:
+            self.superseded = error
+        except OSError:
+            pass  # a store that is away for a moment; the next commit asks again
+
     def _owner(self) -> dict[str, Any]:
         return owner(self.root)
 
@@ -115,9 +138,10 @@ class Checkpoints:
 
     def _committed(self, step: int) -> None:
         """In the writer's thread, on rank 0: there is a new checkpoint."""
+        self.check_claim()  # of another group, where this one was stopped between commit and here: the run is its own
         self.prune(step)
-        if self.starts:  # workers that die from here on have something to show
-            self.starts = 0
+        if self.starts != 1:  # workers that die from here on have something to show
+            self.starts = 1
             self._write_owner(self.attempt, self.token)
 
     def begin(
@@ -175,8 +199,8 @@ class Checkpoints:
             if step not in self.regular:
                 try:
                     info = checkpoint.read_manifest(self.folder / step).info
-                except CheckpointError:
-                    continue  # damaged, or just removed
+                except (CheckpointError, StorageError):
+                    continue  # damaged, or just removed; or a store that is away for a moment
                 self.regular[step] = bool(info.get("regular", True))
         return {step for step in steps if not self.regular.get(step, True)}
 
@@ -232,7 +256,8 @@ def kept(
 def find(root: Location, config: RunConfig, recovery: Recovery) -> tuple[Manifest | None, list[str]]:
     """The newest good checkpoint to go on from, and what is wrong with newer ones; half-written ones are removed.
 
-    None where there never was one. Raises CheckpointError where there are some and none is good.
+    None where there never was one. Raises CheckpointError where there are some and none is good, StorageError
+    where that cannot be found out at present.
     """
     folder = root / "checkpoints"
     directories = checkpoint.committed(folder)
@@ -254,7 +279,10 @@ def find(root: Location, config: RunConfig, recovery: Recovery) -> tuple[Manifes
 
 
 def find_for_rollback(folder: Location, steps: Sequence[int], to: int) -> Manifest:
-    """The checkpoint of step `to`, or the newest good one before it. Raises CheckpointError if none is good."""
+    """The checkpoint of step `to`, or the newest good one before it.
+
+    Raises CheckpointError if none is good, StorageError where that cannot be found out at present.
+    """
     manifest, faults = checkpoint.newest_good(folder / step for step in steps if step <= to)
     if manifest is None:
         raise CheckpointError(f"{folder.uri}: nothing to go back to: {'; '.join(faults)}")
@@ -290,7 +318,7 @@ def _check_science(manifest: Manifest, config: RunConfig) -> None:
 
 
 def _rollbacks_made(directory: Location) -> int | None:
-    """None if its manifest cannot be read, which is said when it would be used."""
+    """None if its manifest is damaged, which is said when it would be used."""
     try:
         return int(checkpoint.read_manifest(directory).info.get("rollbacks", 0))
     except CheckpointError:

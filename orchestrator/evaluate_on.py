@@ -82,6 +82,7 @@ def compute_in_this_process(network: nn.Module, config: RunConfig, device: torch
             progress.add(images * subjects.cost(which) / len(subjects.images[which.images]))
 
         like = torch.zeros((), device=device, dtype=dtype_of(config))
+        network.requires_grad_(False)  # attacks by foolbox would compute the weights' gradients, too
         with one_thread():
             on_device = network.to(device)
             dealt = compute_here(on_device, config, config.evaluate, World(), like, on_part)
@@ -148,7 +149,7 @@ class _Evaluator:
         # all GPUs of a machine are visible to an actor that was given none
         cuda = gpu and (torch.cuda.is_available() or self.config.device == "cuda")
         self.like = torch.zeros((), device="cuda" if cuda else "cpu", dtype=dtype_of(self.config))
-        self.network.to(self.like.device)
+        self.network.to(self.like.device).requires_grad_(False)
         self.part = Part(rank, workers)
 
     def run(self, which: Pass, images: Tensor, labels: Tensor | None) -> Tensor:

@@ -31,6 +31,7 @@ from jem.evaluate.report import SCHEMA
 from jem.evaluate.suite import FAST_SETS, Dealt, evaluate
 from jem.settings import digest, flatten
 from jem.train import frozen_logits
+from orchestrator.config import RunConfig
 from orchestrator.evaluate_on import Progress, compute_in_this_process, compute_on_ray, device_here, one_thread
 from orchestrator.facts import facts
 from orchestrator.final_model import FOLDER
@@ -114,7 +115,7 @@ class Done:
 
 def report_of(opened: Opened, workers: int = 1) -> Done:
     """The report of a model, from the disk where it was made before."""
-    path = f"{EVALUATIONS}/{opened.config.evaluate.suite}-{_key(opened)}"
+    path = f"{EVALUATIONS}/{opened.config.evaluate.suite}-{_key(opened, workers)}"
     if opened.run is not None:
         bring(opened.run, path)
         bring(opened.run, f"{FOLDER}/{opened.digest[:12]}")
@@ -132,11 +133,10 @@ def report_of(opened: Opened, workers: int = 1) -> Done:
     network = opened.network()
     with Progress(f"evaluating {opened.name}") as progress:
         compute: Dealt
-        device = torch.device("cpu")  # a driver has no GPU of its own
+        device = _device_of_driver(config)
         if workers > 1 or os.environ.get("RAY_ADDRESS"):
             compute = compute_on_ray(network, config, workers, progress)
         else:
-            device = device_here(config)
             compute = compute_in_this_process(network, config, device, progress)
         report, measured = evaluate(network, data, config, config.evaluate, compute, opened.buffer, device=device)
     report["model"] |= {
@@ -163,13 +163,14 @@ def _against(first: Done, second: Done, one: Opened, two: Opened) -> Path:
     outputs = [Measured.load(each.folder / "outputs.safetensors") for each in (first, second)]
     comparison = compare((first.report, outputs[0]), (second.report, outputs[1]))
     if outputs[0].attacked and outputs[1].attacked:
+        device = _device_of_driver(one.config)
         networks = [
-            frozen_logits(opened.network().float(), replace(opened.config, precision="float32"))
+            frozen_logits(opened.network().float().to(device), replace(opened.config, precision="float32"))
             for opened in (one, two)
         ]
         with one_thread():
             comparison["of_twin"] = "robust_k" in second.report["left_out"]
-            comparison["transfer"] = transfer((networks[0], networks[1]), (outputs[0], outputs[1]))
+            comparison["transfer"] = transfer((networks[0], networks[1]), (outputs[0], outputs[1]), device)
 
     def fill(target: Path) -> None:
         (target / "against.png").write_bytes(against_picture(comparison))
@@ -182,7 +183,12 @@ def _against(first: Done, second: Done, one: Opened, two: Opened) -> Path:
     return folder
 
 
-def _key(opened: Opened) -> str:
+def _device_of_driver(config: RunConfig) -> torch.device:
+    """Of what is not dealt out: on a cluster the driver has no GPU of its own."""
+    return torch.device("cpu") if os.environ.get("RAY_ADDRESS") else device_here(config)
+
+
+def _key(opened: Opened, workers: int) -> str:
     """Names what is measured: equal keys, equal figures."""
     settings, config = opened.config.evaluate, opened.config
     described = {key: value for key, value in config.science.items() if key.startswith(("model.", "data."))}
@@ -208,9 +214,14 @@ def _key(opened: Opened) -> str:
             "further": further if settings.complete else None,
             "baselines": importlib.util.find_spec("pytorch_ood") is not None,
             "precision": config.precision,
-            "device": "cpu" if config.device == "cpu" or not torch.cuda.is_available() else "cuda",
+            "device": "cpu" if config.device == "cpu" or not _gpus(workers) else "cuda",
         }
     )
+
+
+def _gpus(workers: int) -> bool:
+    """Whether there is a GPU for each worker; of a cluster that is not known before it is joined."""
+    return torch.cuda.is_available() and ("RAY_ADDRESS" in os.environ or torch.cuda.device_count() >= workers)
 
 
 def _version(package: str) -> str | None:
@@ -235,7 +246,7 @@ def _home(opened: Opened) -> Path:
         return workbench(opened.run)
     if "://" in opened.config.storage_path:
         return Path("~/.cache/jem").expanduser()
-    return Path(planned_storage(opened.config)).parent
+    return Path(planned_storage(opened.config))
 
 
 def _published(opened: Opened, folder: Path) -> str:

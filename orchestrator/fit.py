@@ -71,7 +71,7 @@ def diagnose(settings: Sequence[str]) -> Diagnosis:
         checks += _safely(what, here, look)
     probe = f".doctor-{uuid.uuid4().hex[:12]}"
     try:
-        storage = planned_storage(config).rpartition("/")[0]
+        storage = planned_storage(config)
     except ConfigError as error:
         checks.append(Check("storage", here, FAILED, str(error), "give storage_path=/an/absolute/path or a URI"))
     else:

@@ -19,12 +19,12 @@ from jem.train import dtype_of
 from orchestrator.config import ON_DISK, RunConfig, to_yaml
 from orchestrator.launch import check_before
 from orchestrator.result import Result
-from orchestrator.runs import check_kind, planned_storage
+from orchestrator.runs import check_kind, planned_folder
 
 
 def plan(config: RunConfig) -> Result:
     """Print the resolved configuration and what it costs; the same figures as a Result."""
-    folder = planned_storage(config)
+    folder = planned_folder(config)
     if "://" in folder or not (Path(folder) / "run.json").exists():
         check_before(config)
     if "://" not in folder and config.seeds == 1:
@@ -32,7 +32,7 @@ def plan(config: RunConfig) -> Result:
     spec = describe(config.data)
     print(to_yaml(config))
     several, counts = _several(config)
-    folder = planned_storage(replace(config, name=several.get("name", config.name)))
+    folder = planned_folder(replace(config, name=several.get("name", config.name)))
     name = str(several.get("name", config.name))
     rows = [*({"name": name, "folder": folder} | several).items(), ("data", spec.where)]
     metrics: dict[str, float] = {}

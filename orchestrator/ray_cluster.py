@@ -7,7 +7,7 @@ import os
 import sys
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +33,8 @@ QUIET = {
 }
 
 
+LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
+
 PRIVATE = {
     # How long a worker that is stopped (SIGSTOP) may stay before it is killed and its CPU is free.
     "RAY_actor_graceful_shutdown_timeout_ms": "5000",
@@ -42,7 +44,9 @@ PRIVATE = {
     "RAY_worker_niceness": "0",
     # A Ray that can be no cluster, as on Windows and macOS, listens on the loopback alone. Read when ray is imported.
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-    "GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo",  # else the address of the host's name
+    # Else the address of the host's name, and the first network card's.
+    "GLOO_SOCKET_IFNAME": LOOPBACK,
+    "NCCL_SOCKET_IFNAME": LOOPBACK,
 }
 """Of a Ray of our own."""
 
@@ -107,12 +111,24 @@ def ray_session(cpus: int, settings: Mapping[str, str] | None = None) -> Iterato
         logical = max(os.cpu_count() or 1, cpus)
         environment = {"env_vars": variables}
         ray.init(address="local", num_cpus=logical, include_dashboard=False, runtime_env=environment, **quiet)
-    TOKEN.chmod(0o600) if TOKEN.exists() else None  # Ray writes it readable for everybody
     try:
+        with suppress(OSError):  # a secret that is mounted; the doctor tells of one that others can read
+            TOKEN.chmod(0o600)  # Ray writes it readable for everybody
         resources = ray.cluster_resources()
-        yield Cluster(not address, resources.get("CPU", 0), resources.get("GPU", 0), _memory(resources))
+        gpus = resources.get("GPU", 0)
+        if gpus and not address and not torch_sees_gpus():
+            print(f"Ray counts {gpus:g} GPUs, but PyTorch can use none (python jobs/doctor.py)", file=sys.stderr)
+            gpus = 0
+        yield Cluster(not address, resources.get("CPU", 0), gpus, _memory(resources))
     finally:
         ray.shutdown()
+
+
+def torch_sees_gpus() -> bool:
+    """Ray counts what the driver tells of, NVIDIA's of any age and Apple's, too."""
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def _memory(resources: Mapping[str, float]) -> float:
@@ -258,9 +274,16 @@ def cores() -> int:
 
 
 def tell_of_gpus(config: RunConfig, cluster: Cluster) -> None:
-    """A cluster that an autoscaler has brought down to nothing has no GPUs, and would be asked for none."""
-    if config.device == "auto" and not cluster.private and not cluster.gpus:
+    """Why a run that could use GPUs does not: too few for its workers, or none left by an autoscaler."""
+    told = None
+    if config.device == "auto" and 0 < cluster.gpus < config.min_workers:
+        told = (
+            f"{cluster.gpus:g} GPU{'s' * (cluster.gpus > 1)} for workers={config.workers}: it trains on CPUs; "
+            f"workers={cluster.gpus:g} trains on what there is"
+        )
+    elif config.device == "auto" and not cluster.private and not cluster.gpus:
         told = "the cluster has no GPU at present: it trains on CPUs (device=cpu); device=cuda waits for GPUs"
+    if told:
         print(told, file=sys.stderr)
 
 

@@ -24,11 +24,12 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
+from urllib.parse import quote
 
 import psutil
 
 from jem.errors import ConfigError, Problem
-from jem.files import Location
+from jem.files import SAFE, Location
 from orchestrator.config import DEFAULTS, RunConfig, to_yaml
 
 HEARTBEAT_S = 10.0
@@ -54,9 +55,8 @@ class RunRecord:
 def storage_of(config: RunConfig) -> Location:
     """Where all runs live. Raises ConfigError if it cannot be used from here."""
     path = config.storage_path
-    planned_storage(config)
     try:
-        storage = Location.of(path)
+        storage = Location.of(planned_storage(config))
         storage.mkdir()
         probe = storage / f".writable-{socket.gethostname()}-{os.getpid()}"
         probe.write(b"1")
@@ -67,14 +67,27 @@ def storage_of(config: RunConfig) -> Location:
 
 
 def planned_storage(config: RunConfig) -> str:
-    """Where the run's folder would be. Raises ConfigError for a relative path under a submitted job."""
+    """Where all runs would live. Raises ConfigError for a relative path under a submitted job."""
     path = config.storage_path
     if "://" in path:
-        return f"{path.rstrip('/')}/{config.name}"
+        return path
     if not os.path.isabs(os.path.expanduser(path)) and under_ray_job():
         reason = "is relative, but a submitted job's directory is thrown away when it ends"
         raise ConfigError([Problem("storage_path", f"{path!r} {reason}; give an absolute path or a URI such as s3://")])
-    return os.path.join(os.path.abspath(os.path.expanduser(path)), str(config.name))
+    return os.path.abspath(os.path.expanduser(path))
+
+
+def planned_folder(config: RunConfig) -> str:
+    """Where the run's folder would be. Raises as `planned_storage`."""
+    return below(planned_storage(config), str(config.name))
+
+
+def below(storage: str, name: str) -> str:
+    """The folder `name` in a folder or URI; what a URI says of its store (?endpoint_override=...) stays at its end."""
+    if "://" not in storage:
+        return os.path.join(storage, name)
+    place, mark, query = storage.partition("?")
+    return f"{place.rstrip('/')}/{quote(name, safe=SAFE)}{mark}{query}"
 
 
 def under_ray_job() -> bool:
@@ -130,7 +143,8 @@ def set_aside(root: Location) -> None:
     with suppress(ConfigError):  # a damaged record stays as it is
         record = read_record(target)
         if record is not None:
-            moved = _moved(asdict(record), root.uri, target.uri)
+            old, new = (each.uri.partition("?")[0] for each in (root, target))
+            moved = _moved(asdict(record), old, new)
             RunRecord(**moved | {"name": target.name}).save(target)
 
 

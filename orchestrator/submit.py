@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import shlex
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -25,6 +26,9 @@ log = logging.getLogger(__name__)
 ADDRESS = "http://127.0.0.1:8265"
 SHOWN = 10
 """Files that a folder too large to upload is told by."""
+
+OVER = ("SUCCEEDED", "FAILED", "STOPPED")
+"""What Ray says of a job that has ended."""
 
 Say = Callable[[str], None]
 
@@ -164,6 +168,13 @@ async def _follow(client: Any, job: str, say: Say) -> str:
 def _ended(client: Any, job: str, last: str) -> Submitted:
     """The command's own result, where its last line is one; else what Ray says of the job."""
     info = client.get_job_info(job)
+    for _ in range(10):
+        if info.status in OVER:
+            break
+        time.sleep(0.5)
+        info = client.get_job_info(job)
+    else:
+        raise ConnectionError("its log ended before the job did")
     known = {entry.name for entry in fields(Result)}
     try:
         line = json.loads(last)

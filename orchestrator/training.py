@@ -7,7 +7,6 @@ import logging
 import shlex
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -174,8 +173,7 @@ class Training:
         fault = self.save() if info.step % config.checkpoint.every == 0 else None
         if fault is None and self.control.due(info.step):
             self.stopping = self.control.stop_requested(info.step)
-            with suppress(OSError):  # a store that is away for a moment; the next commit asks again
-                self.checkpoints.check_claim()
+            self.checkpoints.watch_claim()
             self.settle(self.checkpoints.poll())
         return fault
 

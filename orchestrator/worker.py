@@ -14,7 +14,7 @@ import torch
 from jem import checkpoint
 from jem.data.batches import BatchSource
 from jem.data.sources import load
-from jem.errors import DataError, JEMError
+from jem.errors import DataError, JEMError, StorageError
 from jem.prior import fit_classes, make_prior
 from jem.train import dtype_of, prepare_first_step, start
 from jem.world import World
@@ -31,14 +31,17 @@ ELASTIC_STARTS = 30
 def run(job: Job, world: World, device: torch.device, report: Report = lambda *_: None) -> dict[str, Any]:
     """Train to the end or until stopped; `{status, step, checkpoint, metrics, weights, message}`.
 
-    Every rank returns the same. A failure that trying again would not mend (JEMError) is returned as a
-    status too, so that Ray does not retry it; anything else is raised.
+    Every rank returns the same. A failure that trying again would not mend (JEMError, but for StorageError) is
+    returned as a status too, so that Ray does not retry it; anything else is raised.
     """
     if job.config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(job.config.deterministic)  # or not: a trial's process may have had another
     try:
         return setup(job, world, device, report).run()
+    except StorageError:
+        write_failure(job.root, world)
+        raise
     except JEMError as error:
         return {"status": error.status, "exit_code": error.exit_code, "message": str(error)}
     except Superseded:

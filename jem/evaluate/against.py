@@ -12,6 +12,7 @@ from torch import Tensor
 from jem.energy import Logits
 from jem.errors import ConfigError
 from jem.evaluate import calibration_intervals, ood
+from jem.evaluate.evaluate import BATCH
 from jem.evaluate.intervals import Statistic, bootstrap, estimate, mean_of, percentile_intervals
 from jem.evaluate.measured import Measured
 from jem.evaluate.report import SCHEMA, plain
@@ -84,10 +85,13 @@ def _of_attacks(reports: tuple[Report, ...], outputs: tuple[Measured, ...]) -> I
                 yield _row("robust", name, values, statistics, (len(found[0]),), "higher", 0)
 
 
-def transfer(logits: tuple[Logits, Logits], outputs: tuple[Measured, Measured]) -> dict[str, Any]:
+def transfer(
+    logits: tuple[Logits, Logits], outputs: tuple[Measured, Measured], device: torch.device | str = "cpu"
+) -> dict[str, Any]:
     """Each model's accuracy on adversarials that were made on the other, JEM-0: {norm: {eps, b_on_a, a_on_b}}.
 
-    Those of PGD at each eps, whether or not they fool the model that they were made on. The networks take float32.
+    Those of PGD at each eps, whether or not they fool the model that they were made on. The networks take float32,
+    on `device`.
     """
     found: dict[str, Any] = {}
     for name in (name for name in outputs[1].attacked if "/transfer/" in name and name in outputs[0].attacked):
@@ -98,7 +102,10 @@ def transfer(logits: tuple[Logits, Logits], outputs: tuple[Measured, Measured]) 
             attacked = outputs[maker].attacked
             images = attacked[name].view_as(attacked["images"]).float()
             with torch.no_grad():
-                answers = logits[model](2 * images - 1).argmax(dim=1)
+                parts = [
+                    logits[model]((2 * part - 1).to(device)).argmax(dim=1).cpu() for part in torch.split(images, BATCH)
+                ]
+            answers = torch.cat(parts)
             section[way].append(wilson(int((answers == attacked["labels"]).sum()), len(answers)))
     return found
 

@@ -6,6 +6,7 @@ A pass is cut into batches that are fixed (`over_random_batches`), so its result
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
@@ -132,9 +133,26 @@ def functions(network: nn.Module, config: JEMConfig, settings: EvaluateConfig) -
         with torch.enable_grad():
             return baselines.odin(logits, x)
 
+    thrifty = False
+
     def attack(k: int, x: Tensor, generator: torch.Generator, labels: Tensor, on_part: robustness.OnPart) -> Tensor:
+        nonlocal thrifty
+        arguments, before, left = (exact, x, labels, k, config, settings, generator), generator.get_state(), 1.0
+
+        def counted(part: float) -> None:
+            nonlocal left
+            left -= part
+            on_part(part)
+
         with whole_float32():
-            return robustness.attack(exact, x, labels, k, config, settings, generator, on_part)
+            if not thrifty:
+                with suppress(torch.OutOfMemoryError):
+                    return robustness.attack(*arguments, counted)
+                thrifty = True
+                torch.cuda.empty_cache()
+                generator.set_state(before)
+            rest = left
+            return robustness.attack(*arguments, lambda part: on_part(rest * part), thrifty=True)
 
     def distal(x: Tensor, _: torch.Generator, labels: Tensor) -> Tensor:
         with whole_float32():

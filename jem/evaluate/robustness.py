@@ -112,8 +112,11 @@ def attack(
     settings: EvaluateConfig,
     generator: torch.Generator,
     on_part: OnPart = lambda _: None,
+    thrifty: bool = False,
 ) -> Float[Tensor, "n columns"]:
     """Attack images on [-1, 1]: the rows that `columns` describes. `on_part` is told each attack's share of it.
+
+    `thrifty`: slower, for a device that has no room for the gradients of all images at once (see refined.py).
 
     The defence has noise of its own that no attack sees, the same at every answer: an image is not asked until it is
     wrong by chance. Every attack gets the images that it has not yet broken; its candidates count where the defence
@@ -124,7 +127,7 @@ def attack(
 
     def jem(noise: torch.Generator, k: int = k, straight: bool = False) -> Classifier:
         attack = settings.attack
-        return refined(logits, k, config.sgld, attack.copies, attack.copy_noise, noise, straight)
+        return refined(logits, k, config.sgld, attack.copies, attack.copy_noise, noise, straight, thrifty)
 
     def defended(tried: Tensor) -> Tensor:
         return jem(torch.Generator(tried.device).manual_seed(of_defence))(tried)

@@ -86,7 +86,8 @@ class Search(Session[SweepResult]):
         sweep, config = self.sweep, self.sweep.config
         here = cores()
         with ray_session(here) as cluster:
-            tell_of_gpus(sweep.run, cluster)
+            if config.resources.gpu is None:
+                tell_of_gpus(sweep.run, cluster)
             memory = psutil.virtual_memory().available / GIB if cluster.private else cluster.memory
             cpus = here if cluster.private else cluster.cpus
             fitting = fit(sweep, cpus, cluster.gpus, memory, grows=not cluster.private)

@@ -13,7 +13,7 @@ from jem.models import make_network
 from orchestrator.launch import check_before
 from orchestrator.plan import forward_cost, passes
 from orchestrator.result import Result
-from orchestrator.runs import planned_storage
+from orchestrator.runs import planned_folder
 from orchestrator.sweep.axes import valid, value_at
 from orchestrator.sweep.config import OBJECTIVES, Sweep
 from orchestrator.sweep.plan_arms import about_arms, counts_of_arms, table_of_arms
@@ -34,7 +34,7 @@ def plan(sweep: Sweep, cpus: float | None = None, gpus: float | None = None, mem
     asked = zip((cpus, gpus, memory_gib), here, strict=True)
     have_cpus, have_gpus, have_memory = (there if given is None else given for given, there in asked)
     elsewhere = "RAY_ADDRESS" in os.environ and cpus is None
-    rows = [("name", sweep.name), ("folder", planned_storage(replace(sweep.run, name=sweep.name)))]
+    rows = [("name", sweep.name), ("folder", planned_folder(replace(sweep.run, name=sweep.name)))]
     rows += about_arms(sweep) if sweep.arms else _about(sweep)
     metrics = counts_of_arms(sweep) if sweep.arms else _counts(sweep)
     try:

@@ -114,7 +114,8 @@ def machine() -> tuple[float, float, float]:
     """This machine's CPUs, GPUs and GiB of memory; a container's where it has less."""
     import torch
 
-    return float(cores()), float(torch.cuda.device_count()), _memory() / GIB
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0  # those of too old a driver are counted, too
+    return float(cores()), float(gpus), _memory() / GIB
 
 
 def _memory() -> float:

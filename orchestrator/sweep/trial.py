@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import threading
@@ -232,6 +233,12 @@ def train_here(
                 os._exit(1)  # Tune starts another process; in this one each later trial would fail, too
             if not config.recovery.max_failures:
                 raise JEMError(f"{type(error).__name__}: {error}") from error
+        finally:
+            if (
+                device.type == "cuda"
+            ):  # the next trial of this process, and its neighbour on the GPU, start with all of it
+                gc.collect()
+                torch.cuda.empty_cache()
 
 
 def lost(device: torch.device) -> bool:

@@ -195,7 +195,7 @@ def test_a_defence_with_noise_is_not_asked_until_it_is_wrong_by_chance(generator
     x = 2 * grey(400, generator) - 1
     labels = torch.zeros(400, dtype=torch.int64)
 
-    def coin(logits, k, config, copies, copy_noise, noise, straight=False):
+    def coin(logits, k, config, copies, copy_noise, noise, straight=False, thrifty=False):
         def classify(images):
             lost = torch.rand(len(images), generator=noise) < 0.1
             return torch.stack([torch.where(lost, -1.0, 1.0), torch.zeros(len(images))], dim=1) + 0 * images.sum()
@@ -263,6 +263,33 @@ def test_the_gradient_goes_through_the_refinement_as_finite_differences_do(gener
     assert (gradient - unmoved).norm() > 0.05 * unmoved.norm()  # it is not the identity's
 
 
+@pytest.mark.parametrize("room", [6, 2, 1])
+def test_a_thrifty_refinement_has_the_same_gradient_in_pieces_that_there_is_room_for(generator, room):
+    net, x = energy_net(generator), torch.rand(3, 1, 3, 3, generator=generator, dtype=torch.float64)
+    sgld, sizes = SGLDConfig(step_size=0.7, noise_scale=0.05), []
+
+    def cramped(images):
+        """On a device that has room for the graph of `room` images."""
+        if images.grad_fn is not None and len(images) > room:
+            raise torch.OutOfMemoryError
+        sizes.append(len(images))
+        return net(images)
+
+    def gradient(logits, **how):
+        position = x.clone().requires_grad_(True)
+        jem = refined(logits, 3, sgld, 2, 0.1, torch.Generator().manual_seed(5), **how)
+        found = jem(position)
+        return found, torch.autograd.grad(found.square().sum(), position)[0]
+
+    if room < 6:
+        with pytest.raises(torch.OutOfMemoryError):
+            gradient(cramped)
+        sizes.clear()
+    for one, other in zip(gradient(net), gradient(cramped, thrifty=True), strict=True):
+        torch.testing.assert_close(one, other)
+    assert min(sizes) == room
+
+
 def test_straight_past_the_refinement_the_answer_is_the_same_and_the_gradient_that_where_it_ends(
     generator,
 ):
@@ -291,7 +318,7 @@ def test_a_refinement_that_hides_its_gradient_gains_nothing_against_what_fools_j
     x = 2 * grey(40, generator) - 1
     labels = net(x).argmax(dim=1)
 
-    def hiding(logits, k, config, copies, copy_noise, noise, straight=False):
+    def hiding(logits, k, config, copies, copy_noise, noise, straight=False, thrifty=False):
         def classify(images):
             found = logits(2 * images - 1)
             return found.detach() + 0 * images.sum() if k else found

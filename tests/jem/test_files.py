@@ -30,6 +30,15 @@ def test_another_scheme_is_kept_in_the_uri_and_an_unknown_one_refused():
         _ = place.local
 
 
+@pytest.mark.parametrize("name", ["größe", "a#b", "a%20b", "a?b", "a[1]", "a b", "a=b+c&d'~(1)", "digits-0b0f8f3c"])
+def test_a_uri_opens_the_place_that_it_was_told_of(name):
+    place = Location.of("s3://bucket/runs?region=us-east-1") / name / "checkpoints"
+    again = Location.of(place.uri)
+    assert (again.path, again.uri) == (place.path, place.uri)
+    assert place.path == f"bucket/runs/{name}/checkpoints"
+    assert name != "digits-0b0f8f3c" or name in place.uri, "as it is, where nothing has to be written otherwise"
+
+
 @pytest.mark.parametrize("scheme", ["local", "mock"])
 def test_what_is_written_is_read_listed_moved_and_removed(tmp_path, scheme):
     root = Location.of(tmp_path / "root") if scheme == "local" else Location.of("mock:///root")

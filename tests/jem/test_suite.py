@@ -15,7 +15,7 @@ from jem.config import AttackConfig, EvaluateConfig, GenerateConfig
 from jem.data.augment import to_float
 from jem.data.splits import DataSet, Split
 from jem.errors import ConfigError, DivergedError, Problem
-from jem.evaluate import ood, passes
+from jem.evaluate import ood, passes, refined, robustness
 from jem.evaluate.against import BINNED, against, transfer, transfer_metrics
 from jem.evaluate.attacks import norm_of
 from jem.evaluate.calibration import confidence_bins, ece
@@ -190,6 +190,33 @@ def test_parts_of_any_number_of_workers_add_up_to_the_same_bits(data, workers):
             for rank in range(workers)
         ]
         assert torch.equal(sum(parts), whole), which
+
+
+def test_attacks_through_a_refinement_take_the_memory_that_there_is(data, monkeypatch):
+    """A GPU without room for second derivatives of all copies: the same figures but for rounding, the same progress."""
+    refused, whole = [], refined.differentiable
+
+    def cramped(through, energy, x):
+        if through and len(x) > 3:
+            refused.append(len(x))
+            raise torch.OutOfMemoryError
+        return whole(through, energy, x)
+
+    net = network()
+    settings = replace(FULL, attack=replace(FULL.attack, linf=(0.2,), l2=(1.0,), restarts=1, queries=3))
+    subjects = prepare(net, data, CONFIG, settings)
+    which = next(one for one in subjects.passes if one.what == "attack/2")
+    images, labels, progress = subjects.images[which.images], subjects.labels[which.images], []
+    arguments = net, which, images, CONFIG, settings, World(), LIKE
+    free = run_pass(*arguments, labels=labels)
+    monkeypatch.setattr(refined, "differentiable", cramped)
+    tight = run_pass(*arguments, progress.append, labels=labels)
+    assert len(refused) > 1
+    assert sum(progress) == pytest.approx(len(images))
+    parts = [robustness.split(rows, settings, 2, images[0].numel()) for rows in (free, tight)]
+    assert torch.equal(parts[0]["wrong"], parts[1]["wrong"])
+    for name in ("linf/pgd", "l2/pgd", "linf/fmn", "l2/ddn"):
+        torch.testing.assert_close(parts[0][name], parts[1][name], rtol=0.05, atol=0.01)
 
 
 def test_two_evaluations_are_equal_but_for_the_clock(data):

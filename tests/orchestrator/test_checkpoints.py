@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import time
@@ -14,7 +15,7 @@ from worker_runs import CPU, HOOKED, Death, die, fit, log_of, prepared, state_of
 
 from jem import checkpoint
 from jem.checkpoint import MANIFEST, read_manifest
-from jem.errors import CheckpointError, JEMError
+from jem.errors import CheckpointError, JEMError, StorageError
 from jem.files import Location
 from jem.saving import save
 from jem.train import start
@@ -184,6 +185,71 @@ def test_where_none_is_good_that_is_an_error_with_every_fault_and_nothing_is_rem
     assert names(root) == ["12", "4", "8"]
 
 
+@pytest.mark.parametrize("what", ["manifest.json", "model.safetensors"])
+@pytest.mark.parametrize(
+    ("scheme", "error"),
+    [
+        ("s3", OSError("When reading information for key: AWS Error NETWORK_CONNECTION")),
+        ("", OSError(errno.ESTALE, "")),
+    ],
+)
+def test_a_store_that_is_away_makes_no_checkpoint_damaged(root, monkeypatch, what, scheme, error):
+    """Who went back to an older one would remove the newer ones with the next that is committed."""
+    made(root, 4, 8)
+    read = Location.read
+
+    def away(path):
+        if path.name == what and path.parent.name == "8":
+            raise error
+        return read(path)
+
+    def of_a_store():
+        return Location(root.fs, root.path, scheme)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Location, "read", away)
+        with pytest.raises(StorageError, match=rf"checkpoints/8/{what}: cannot be read at present"):
+            found(of_a_store())
+        with pytest.raises(StorageError):
+            find_for_rollback(of_a_store() / "checkpoints", [8, 4], 8)
+        checkpoints = group(of_a_store(), keep=1, spaced=0)
+        checkpoints.prune(8)
+        assert names(root) == ["8"], "one that is known to be newer takes the older one's place all the same"
+    assert found(root) == (8, [])
+
+
+def test_a_store_that_is_away_ends_no_run_but_has_the_workers_replaced(tmp_path, monkeypatch):
+    fit(tmp_path, HOOKED, until=4)
+    read = Location.read
+
+    def away(path):
+        if path.name == "model.safetensors":
+            raise OSError(errno.ETIMEDOUT, "the server does not answer")
+        return read(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Location, "read", away)
+        with pytest.raises(StorageError, match="does not answer"):
+            fit(tmp_path, HOOKED)
+    assert "does not answer" in (tmp_path / "failure.txt").read_text()
+    assert fit(tmp_path, HOOKED)["status"] == "finished"
+
+
+def test_a_bad_sector_is_damage(root, monkeypatch):
+    made(root, 4, 8)
+    read = Location.read
+
+    def bad(path):
+        if path.name == "model.safetensors" and path.parent.name == "8":
+            raise OSError(errno.EIO, "Input/output error")
+        return read(path)
+
+    monkeypatch.setattr(Location, "read", bad)
+    step, faults = found(root)
+    assert step == 4
+    assert "8/model.safetensors: cannot be read" in faults[0]
+
+
 def test_one_that_was_copied_from_a_run_of_other_settings_is_named_and_passed_over(root, tmp_path):
     made(root, 4)
     other = Location.of(tmp_path / "other")
@@ -294,6 +360,27 @@ def test_a_group_that_is_superseded_in_the_middle_of_writing_does_not_commit(roo
     assert "meter" in manifest.tensors("rank-00000-of-00001.safetensors"), "it is not the second's"
 
 
+def test_a_group_that_is_superseded_between_commit_and_pruning_removes_nothing(root, monkeypatch):
+    """It was stopped right after its commit, and continued after another had taken over and committed more."""
+    first, second = group(root, keep=1, spaced=0), group(root, keep=3, spaced=0)
+    first.claim()
+    first.starts = 2  # it is not the first group, so that it would write whose the run is
+    committed = first._committed
+
+    def stopped_before(step):
+        second.claim()
+        write(second, 8)
+        write(second, 12)
+        committed(step)
+
+    monkeypatch.setattr(first, "_committed", stopped_before)
+    assert write(first, 4).fault is None
+    assert second.steps() == [12, 8, 4]
+    assert write(second, 16).fault is None, "the run is still its own"
+    with pytest.raises(Superseded):
+        first.check_claim()
+
+
 def test_a_run_that_is_taken_over_ends_and_the_one_that_took_it_goes_on(tmp_path, monkeypatch):
     """The first notices at its next look, and neither prunes nor rolls back after that."""
     monkeypatch.setattr("orchestrator.control.LOOK_EVERY_S", 0)
@@ -402,7 +489,9 @@ def test_workers_that_die_without_a_new_checkpoint_are_not_replaced_for_ever(roo
     again = group(root)
     again.claim(attempt=2, max_failures=2)  # the same command, once more
     assert write(again, 4).fault is None
-    for _ in range(3):
+    for _ in range(2):
+        group(root).claim(attempt=2, max_failures=2)
+    with pytest.raises(JEMError, match="died 3 times without a new checkpoint"):  # as many as before there was one
         group(root).claim(attempt=2, max_failures=2)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -64,6 +65,49 @@ def test_a_cluster_without_gpus_at_present_is_said_to_train_on_cpus(capsys, devi
     config = load_run_config("digits", ["workers=1", f"device={device}"])
     ray_cluster.tell_of_gpus(config, Cluster(private=private, cpus=4, gpus=gpus))
     assert ("device=cuda waits for GPUs" in capsys.readouterr().err) == told
+
+
+@pytest.mark.parametrize(("private", "gpus"), [(True, 1), (False, 3), (True, 4), (True, 0)])
+def test_gpus_too_few_for_the_workers_are_told_of(capsys, private, gpus):
+    config = load_run_config("digits", ["workers=4"])
+    ray_cluster.tell_of_gpus(config, Cluster(private=private, cpus=4, gpus=gpus))
+    told = capsys.readouterr().err
+    if 0 < gpus < 4:
+        assert told == (
+            f"{gpus} GPU{'s' * (gpus > 1)} for workers=4: it trains on CPUs; workers={gpus} trains on what there is\n"
+        )
+    else:
+        assert told == ""
+
+
+@pytest.mark.parametrize(("usable", "expected"), [(True, 2), (False, 0)])
+def test_gpus_that_ray_counts_and_torch_cannot_use_are_none(monkeypatch, capsys, usable, expected):
+    """An NVIDIA driver that is too old for this torch, or Apple's GPU, which Ray counts as one."""
+    import ray
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray, "init", lambda **_: None)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 4.0, "GPU": 2.0})
+    monkeypatch.setattr(ray_cluster, "torch_sees_gpus", lambda: usable)
+    with ray_cluster.ray_session(2) as cluster:
+        assert cluster.gpus == expected
+    assert ("PyTorch can use none" in capsys.readouterr().err) is not usable
+
+
+def test_a_token_that_cannot_be_changed_ends_no_command(monkeypatch, tmp_path):
+    import ray
+
+    def refuse(*_):
+        raise PermissionError
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray, "init", lambda **_: None)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 4.0})
+    monkeypatch.setattr(ray_cluster, "TOKEN", SimpleNamespace(chmod=refuse))
+    with ray_cluster.ray_session(2) as cluster:
+        assert cluster.cpus == 4
 
 
 def test_how_long_ray_waits_follows_the_configuration():

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from jem.errors import CheckpointError, ConfigError, DataError, DivergedError, JEMError, Problem
+from orchestrator import submit
 from orchestrator.command import Parser, run_command
 from orchestrator.result import Result, show
 from orchestrator.submit import _ended
@@ -151,6 +152,19 @@ def test_a_submitted_commands_line_is_its_own_but_for_job_and_code(status):
     told = json.loads(_ended(client, "job-1", "Traceback: no line of JSON").json())
     assert (told["status"], "own" in told) == ("finished" if code == 0 else "failed", False)
     assert told["message"] == "of Ray\nTraceback: no line of JSON"
+
+
+def test_a_job_that_goes_on_after_its_log_ended_has_not_failed(monkeypatch):
+    """A proxy may close the log's connection as if the job were over."""
+    monkeypatch.setattr(submit.time, "sleep", lambda _: None)
+    running = SimpleNamespace(status="RUNNING", message="Job is currently running.", driver_exit_code=None)
+    with pytest.raises(ConnectionError):
+        _ended(SimpleNamespace(get_job_info=lambda _: running), "job-1", "")
+    states = iter(["RUNNING", "RUNNING", "SUCCEEDED"])
+    client = SimpleNamespace(
+        get_job_info=lambda _: SimpleNamespace(status=next(states), message="", driver_exit_code=0)
+    )
+    assert _ended(client, "job-1", "done").status == "finished"
 
 
 def test_a_missing_environment_is_said_to_be_and_another_missing_module_by_its_own_words(capsys):

@@ -14,13 +14,23 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+from pyarrow import fs as pafs
 from worker_runs import object_store
 
 from jem.errors import ConfigError
 from jem.files import Location
 from orchestrator import runs
 from orchestrator.config import load_run_config
-from orchestrator.runs import lock, open_record, planned_storage, read_record, storage_of, under_ray_job, write_config
+from orchestrator.runs import (
+    _moved,
+    lock,
+    open_record,
+    planned_folder,
+    read_record,
+    storage_of,
+    under_ray_job,
+    write_config,
+)
 
 ROOT = Path(__file__).parents[2]
 
@@ -231,6 +241,14 @@ def test_fresh_moves_the_old_run_aside_and_numbers_it(root):
     assert not (root.parent / "NAME.3").exists()
 
 
+def test_a_moved_run_of_a_store_that_has_an_address_of_its_own_tells_of_its_new_place():
+    query = "endpoint_override=minio:9000&scheme=http"
+    root, storage = (Location(pafs.LocalFileSystem(), path, "s3", query) for path in ("b/runs/a", "b/runs"))
+    told = {"checkpoint": (root / "checkpoints" / 8).uri, "of another": (storage / "ab" / "x").uri, "n": [1]}
+    old, new = (each.uri.partition("?")[0] for each in (root, storage / "a.1"))
+    assert _moved(told, old, new) == told | {"checkpoint": f"s3://b/runs/a.1/checkpoints/8?{query}"}
+
+
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"name": "NAME"}', b'{"unknown": 1}', b"\xff"])
 def test_a_damaged_record_is_a_clear_error_and_fresh_mends_it(root, content):
     begun(root)
@@ -255,17 +273,19 @@ def test_the_configuration_is_written_as_a_recipe_that_gives_it_again(root, tmp_
 def test_a_relative_folder_is_refused_under_a_submitted_job_with_the_reason(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     assert not under_ray_job()
-    assert planned_storage(config("storage_path=./runs")) == f"{tmp_path}/runs/NAME"
+    assert planned_folder(config("storage_path=./runs")) == f"{tmp_path}/runs/NAME"
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
-    for ask in (planned_storage, storage_of):
+    for ask in (planned_folder, storage_of):
         with pytest.raises(ConfigError) as caught:
             ask(config("storage_path=./runs"))
         assert "storage_path: './runs' is relative, but a submitted job's directory is thrown away" in str(caught.value)
     assert not (tmp_path / "runs").exists()
-    assert planned_storage(config(f"storage_path={tmp_path}")) == f"{tmp_path}/NAME"
-    assert planned_storage(config("storage_path=s3://bucket/runs/")) == "s3://bucket/runs/NAME"
+    assert planned_folder(config(f"storage_path={tmp_path}")) == f"{tmp_path}/NAME"
+    assert planned_folder(config("storage_path=s3://bucket/runs/")) == "s3://bucket/runs/NAME"
+    minio = "s3://bucket/runs?endpoint_override=minio:9000"
+    assert planned_folder(config(f"storage_path={minio}")) == "s3://bucket/runs/NAME?endpoint_override=minio:9000"
     monkeypatch.setenv("HOME", "/home/me")
-    assert planned_storage(config("storage_path=~/runs")) == "/home/me/runs/NAME"
+    assert planned_folder(config("storage_path=~/runs")) == "/home/me/runs/NAME"
 
 
 def test_storage_is_made_and_left_clean(tmp_path):
