@@ -234,9 +234,7 @@ def train_here(
             if not config.recovery.max_failures:
                 raise JEMError(f"{type(error).__name__}: {error}") from error
         finally:
-            if (
-                device.type == "cuda"
-            ):  # the next trial of this process, and its neighbour on the GPU, start with all of it
+            if device.type == "cuda":  # the next trial of this process begins with nothing, as does its neighbour's
                 gc.collect()
                 torch.cuda.empty_cache()
 
