@@ -43,7 +43,7 @@ RECIPES = ("digits", "mnist5k")
 
 SCORED = {
     "digits": ["baseline", "combined", "combined_mixed", "combined_dat", "classifier"],
-    "fashion_mnist": ["baseline", "gaussian_prior", "ema", "combined", "classifier"],
+    "fashion_mnist": ["baseline", "gaussian_prior", "ema", "combined", "combined_full_weight", "classifier"],
 }
 """Ablations, and the arms of each of which every score is shown."""
 
