@@ -111,6 +111,29 @@ def tuning(path: Path) -> str:
     return table(("arm", *rates), rows)
 
 
+ONE_BY_ONE = {
+    "accuracy": "test/accuracy",
+    "NLL": "test/nll",
+    "ECE": "test/ece",
+    "robust, Linf 0.1": "robust/linf/0.1/worst/accuracy",
+    "robust, L2 0.5": "robust/l2/0.5/worst/accuracy",
+    "FID, fresh chains": "gen/fresh/fid_lenet",
+    "validation NLL": "val/nll",
+    "AUROC log p(x), validation midpoints": "val/ood/interp/log_px/auroc",
+    "energy gap": "train/energy_gap",
+}
+
+
+def one_by_one(path: Path) -> str:
+    """Single runs, each with something changed."""
+    runs = json.loads(path.read_text())["runs"]
+    rows = []
+    for run in runs:
+        found = (run["metrics"].get(key) for key in ONE_BY_ONE.values())
+        rows.append([run["run"], f"{run['steps']:,}", *("" if value is None else f"{value:.3f}" for value in found)])
+    return table(("run", "steps", *ONE_BY_ONE), rows)
+
+
 def read(folder: Path) -> Trials:
     """The arms, baseline first and classifier last."""
     found = _trials(folder)

@@ -238,6 +238,7 @@ TABLES = {
             ("-settings", "", ablation.settings),
         )
     },
+    "fashion_mnist-one-by-one": Table(("fashion_mnist_one_by_one.json",), ablation.one_by_one),
     "ablation-digits-recovery": Table(("ablation_digits_recovery",), ablation.recoveries),
     "symptoms": Table(("symptoms_digits.json",), symptoms.ends),
     **{

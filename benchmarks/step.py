@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import shlex
 import statistics
 import sys
 import time
@@ -243,7 +244,7 @@ def main() -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     cases = GPU if device.type == "cuda" else CPU
     result: dict[str, Any] = {
-        "command": " ".join(["python benchmarks/step.py", *sys.argv[1:]]),
+        "command": shlex.join(["python", "benchmarks/step.py", *sys.argv[1:]]),
         "hardware": machine(),
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "torch": torch.__version__,
@@ -252,6 +253,8 @@ def main() -> int:
     }
     if arguments.add and arguments.out and arguments.out.exists():
         earlier = json.loads(arguments.out.read_text())
+        if any(earlier[key] != result[key] for key in ("hardware", "device", "torch", "threads")):
+            parser.error(f"--add: {arguments.out} was measured elsewhere ({earlier['hardware']}, {earlier['device']})")
         result |= {"command": f"{earlier['command']}; {result['command']}", "cases": earlier["cases"]}
     for name in arguments.cases or cases:
         result["cases"][name] = {}

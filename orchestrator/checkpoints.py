@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import socket
-import threading
 import traceback
 import uuid
 from collections.abc import Callable, Mapping, Sequence, Set
@@ -23,6 +22,7 @@ from jem.train import TrainState
 from jem.world import World
 from orchestrator.agreement import on_rank_0
 from orchestrator.config import CheckpointConfig, RunConfig
+from orchestrator.control import Look
 from orchestrator.recovery import Recovery
 from orchestrator.shared import REMEDY
 
@@ -61,7 +61,7 @@ class Checkpoints:
         self.attempt, self.token = 1, ""
         self.starts = 0  # of groups of workers in this attempt since the last checkpoint, this one's included
         self.regular: dict[int, bool] = {}  # by step, as far as known
-        self.watching: threading.Thread | None = None
+        self.look = Look(root, self._watch)
         self.superseded: Superseded | None = None
 
     @property
@@ -100,14 +100,8 @@ class Checkpoints:
             raise Superseded(f"{self.root.uri}: another group of workers has taken this run over")
 
     def watch_claim(self) -> None:
-        """`check_claim` between two steps: on a disk at once; an object store's answer, which may take seconds, by the
-        next call.
-        """
-        if self.root.is_local:
-            self._watch()
-        elif self.watching is None or not self.watching.is_alive():
-            self.watching = threading.Thread(target=self._watch, daemon=True, name="look whose the run is")
-            self.watching.start()
+        """`check_claim` between two steps: what it raises may be an object store's answer to an earlier call."""
+        self.look()
         if self.superseded is not None:
             raise self.superseded
 
@@ -116,8 +110,6 @@ class Checkpoints:
             self.check_claim()
         except Superseded as error:
             self.superseded = error
-        except OSError:
-            pass  # a store that is away for a moment; the next commit asks again
 
     def _owner(self) -> dict[str, Any]:
         return owner(self.root)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 
 import torch
@@ -23,6 +24,29 @@ def clear_request(root: Location) -> None:
     (root / "stop").remove()
 
 
+class Look:
+    """Asks a run's folder something between two steps, which must not wait for an object store.
+
+    On a disk at once; what a store answers, which may take seconds, is there at the next call or a later one. A store
+    that is away for a moment has said nothing.
+    """
+
+    def __init__(self, root: Location, ask: Callable[[], None]) -> None:
+        self.root, self.ask = root, ask
+        self.thread: threading.Thread | None = None
+
+    def __call__(self) -> None:
+        if self.root.is_local:
+            self._ask()
+        elif self.thread is None or not self.thread.is_alive():
+            self.thread = threading.Thread(target=self._ask, daemon=True, name="look into the run's folder")
+            self.thread.start()
+
+    def _ask(self) -> None:
+        with suppress(OSError):
+            self.ask()
+
+
 class Control:
     """Lets rank 0 look for a request about once a second, and tells the others at the same step.
 
@@ -35,7 +59,7 @@ class Control:
         self.next_step = 0
         self.last = (0, time.monotonic())
         self.seen = False
-        self.looking: threading.Thread | None = None
+        self.look = Look(root, self._ask)
 
     def due(self, step: int) -> bool:
         """Whether all ranks look up after this step; the same answer on every rank."""
@@ -47,7 +71,8 @@ class Control:
         if self.world.rank == 0:
             before, then = self.last
             rate = max(0, step - before) / max(time.monotonic() - then, 1e-3) if self.next_step else 1.0
-            word[0] = int(self._look())
+            self.look()
+            word[0] = int(self.seen)
             word[1] = step + max(1, min(1000, round(rate * LOOK_EVERY_S)))
         if self.world.size > 1:
             dist.broadcast(word, src=0)
@@ -55,18 +80,8 @@ class Control:
         self.last = (step, time.monotonic())
         return stop
 
-    def _look(self) -> bool:
-        """On a disk at once; what an object store answers is seen by the next look: it may take seconds to say no."""
-        if self.root.is_local:
-            self._ask()
-        elif self.looking is None or not self.looking.is_alive():
-            self.looking = threading.Thread(target=self._ask, daemon=True, name="look for a stop")
-            self.looking.start()
-        return self.seen
-
     def _ask(self) -> None:
-        with suppress(OSError):  # a store that is away for a moment: the next look asks again
-            self.seen = (self.root / "stop").exists()
+        self.seen = (self.root / "stop").exists()
 
     def went_back(self, step: int) -> None:
         """Look up at once: the steps that were counted on are run again."""

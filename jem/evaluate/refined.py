@@ -41,7 +41,7 @@ def refined(
     (on the [-1, 1] scale) and of the steps is drawn anew at each call, from `generator`.
 
     A gradient through k steps keeps what a training step keeps 3k times over, for all copies. `thrifty`: it is computed
-    once more when it is asked for, of as many copies at a time as there is memory for; a third slower.
+    once more when it is asked for, of as many copies at a time as there is memory for: a third more passes.
     """
 
     def walk(position: Tensor, noise: Sequence[Tensor], through: bool) -> Tensor:

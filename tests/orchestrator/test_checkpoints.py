@@ -381,6 +381,21 @@ def test_a_group_that_is_superseded_between_commit_and_pruning_removes_nothing(r
         first.check_claim()
 
 
+def test_on_an_object_store_a_group_learns_between_two_steps_that_it_is_superseded(root):
+    store = Location(root.fs, root.path, "s3")
+    first, second = group(store), group(store)
+    first.claim()
+    first.watch_claim()
+    first.look.thread.join()
+    first.watch_claim()
+    first.look.thread.join()
+    second.claim()
+    first.watch_claim()  # it asks, and goes on
+    first.look.thread.join()
+    with pytest.raises(Superseded):
+        first.watch_claim()
+
+
 def test_a_run_that_is_taken_over_ends_and_the_one_that_took_it_goes_on(tmp_path, monkeypatch):
     """The first notices at its next look, and neither prunes nor rolls back after that."""
     monkeypatch.setattr("orchestrator.control.LOOK_EVERY_S", 0)

@@ -79,7 +79,7 @@ def test_no_step_waits_for_a_store_that_does_not_answer(root):
     assert time.monotonic() - begin < 10
     assert store.asked == 1, "one question at a time"
     store.answers.set()
-    control.looking.join()
+    control.look.thread.join()
     assert control.stop_requested(30)
 
 
